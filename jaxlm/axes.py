@@ -1,0 +1,208 @@
+"""The alphabet: one letter per axis, for the whole project; a name that ends in `_BTD` promises an array with those axes.
+
+    B batch   T query length   S key length   D model width   F mlp width   V vocabulary   N query heads
+    K key/value heads   G = N/K   H head width   E experts   R LoRA rank   C classes   L layers
+
+The same letters check shapes while tracing (`shaped`) and place every array on the mesh (`shardings`, `constrain`):
+a rule table says which mesh axes may split a letter. Letters are served from the left and a mesh axis serves once, so one
+table does for parameters and activations: `wq_DNH` is split fsdp x tensor, `x_BTD` by batch alone, since B took `fsdp`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import contextvars
+import functools
+import inspect
+import logging
+import math
+import re
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from jaxlm.lookup import Mistake, miss
+
+ALPHABET = "BTSDFVNKGHERCL"
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES: Mapping[str, str | tuple[str, ...]] = {
+    "B": ("data", "fsdp"), "D": "fsdp", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor",
+}  # fmt: skip
+
+Function = TypeVar("Function", bound=Callable)
+_place: contextvars.ContextVar[tuple[Mesh, Mapping] | None] = contextvars.ContextVar("place", default=None)
+
+
+@functools.cache
+def of(name: str) -> str | None:
+    """The letters that a name promises: `wq_DNH` -> `DNH`; None where it promises nothing."""
+    match = re.search(rf"_([{ALPHABET}]+)$", name)
+    return match[1] if match else None
+
+
+def name_of(path: tuple) -> str:
+    """The innermost lettered name on a pytree path, or the empty string."""
+    names = re.findall(r"\w+", jax.tree_util.keystr(path))
+    return next((n for n in reversed(names) if of(n)), "")
+
+
+def shaped(fn: Function) -> Function:
+    """Check array arguments against the letters in their names, while tracing, so at no cost when running.
+
+    Raises TypeError when the number of axes differs, or when one letter stands for two sizes.
+    """
+    signature = inspect.signature(fn)
+
+    @functools.wraps(fn)
+    def checked(*args, **kwargs):
+        sizes = {}
+        for name, x in signature.bind(*args, **kwargs).arguments.items():
+            letters = of(name)
+            if letters is None or x is None:
+                continue
+            if len(letters) != len(x.shape):
+                raise TypeError(f"{fn.__qualname__}: {name} has shape {x.shape}")
+            for letter, size in zip(letters, x.shape):
+                if sizes.setdefault(letter, size) != size:
+                    known = f"but {letter}={sizes[letter]} elsewhere"
+                    raise TypeError(f"{fn.__qualname__}: {name} has {letter}={size}, {known}")
+        return fn(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, devices: Any = None) -> Mesh:
+    """Arrange the devices (all of them unless given) as data x fsdp x tensor; one size may be -1: what is left.
+
+    Slices are joined by the slow network, so they only ever divide the data axis. Raises `Mistake` when the sizes do not
+    multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+    known = math.prod(n for n in sizes.values() if n != -1)
+    free = [axis for axis, n in sizes.items() if n == -1]
+    if len(free) == 1 and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+        raise Mistake(f"mesh {dict(data=data, fsdp=fsdp, tensor=tensor)} does not use the {len(devices)} devices; one may be -1")
+    if sizes["data"] % slices:
+        raise Mistake(f"mesh: data={sizes['data']} does not divide over slices={slices}")
+    shape = tuple(sizes.values())
+    if slices > 1:
+        inner = (shape[0] // slices, *shape[1:])
+        array = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices=devices)
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES)
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Iterator[Mesh]:
+    """Within this block, `constrain` places activations on `mesh` by `rules`."""
+    check_rules(rules, mesh)
+    token = _place.set((mesh, rules))
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _place.reset(token)
+
+
+def here() -> tuple[Mesh, Mapping] | None:
+    """The mesh and rules of the enclosing `on`, if any."""
+    return _place.get()
+
+
+def platform() -> str:
+    """What the enclosing mesh's devices are: cpu, gpu or tpu (also when compiling for devices that are not here)."""
+    place = here()
+    return place[0].devices.flat[0].platform if place else jax.default_backend()
+
+
+def check_rules(rules: Mapping[str, Any], mesh: Mesh) -> None:
+    """Raise `Mistake` for a letter outside the alphabet or a mesh axis that does not exist."""
+    for letter, to in rules.items():
+        if letter not in ALPHABET:
+            raise miss("config.rules", letter, ALPHABET)
+        for axis in (to,) if isinstance(to, str) else to:
+            if axis not in mesh.shape:
+                raise miss(f"config.rules[{letter!r}]", axis, mesh.shape)
+
+
+def spec(letters: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Any] = RULES, name: str = "") -> PartitionSpec:
+    """Which mesh axes split which of an array's axes. An axis that does not divide is not split; the log says so once."""
+    stacked = len(shape) - len(letters)  # scanned layers have one more leading axis, which is never split
+    used, out = set(), [None] * stacked
+    for letter, size in zip(letters, shape[stacked:]):
+        to = rules.get(letter, ())
+        to = tuple(a for a in ((to,) if isinstance(to, str) else to) if a not in used and mesh.shape[a] > 1)
+        ways = math.prod(mesh.shape[a] for a in to)
+        if size % ways:
+            _say_once(f"{name or letters}: axis {letter} of size {size} does not divide over {dict(zip(to, map(mesh.shape.get, to)))}; not split")
+            to = ()
+        used.update(to)
+        out.append(None if not to else to[0] if len(to) == 1 else to)
+    return PartitionSpec(*out)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logging.getLogger("jaxlm").info(line)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any:
+    """Place each array by the letters in its name, one more leading axis allowed; no name, no split."""
+
+    def place(path, x):
+        name = name_of(path)
+        letters = of(name) or ""
+        if not 0 <= len(x.shape) - len(letters) <= 1:
+            letters = ""  # an optimizer's factored statistics: named as the parameter, but of another shape
+        return NamedSharding(mesh, spec(letters, x.shape, mesh, rules, name) if letters else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Pin an activation to its place on the mesh of the enclosing `on`; without one, x itself."""
+    place = here()
+    if place is None or place[0].size == 1:
+        return x
+    mesh, rules = place
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, x.shape, mesh, rules)))
+
+
+def cut(letters: str) -> tuple[str, str]:
+    """Split a weight's axes into (in, out) around the model width: `DNH` -> (`D`, `NH`), `NHD` -> (`NH`, `D`)."""
+    return (letters[0], letters[1:]) if letters[0] == "D" else (letters[:-1], letters[-1])
+
+
+def is_matrix(path: tuple) -> bool:
+    """Whether a parameter is a matrix or an embedding; vectors, norms and biases (`bias_NH`) are not."""
+    name = name_of(path)
+    return len(of(name) or "") > 1 and not name.startswith("bias")
+
+
+def rows_of(sharding: NamedSharding, shape: tuple[int, ...]) -> list[slice]:
+    """The ranges of the leading axis that this process's devices hold, in order and without repeats."""
+    index = sharding.addressable_devices_indices_map(shape).values()
+    ranges = {i[0].indices(shape[0])[:2] for i in index if i is not None}
+    return [slice(*r) for r in sorted(ranges)]
+
+
+def put(batch: Mapping[str, np.ndarray], mesh: Mesh, rows: int, rules: Mapping[str, Any] = RULES) -> dict[str, jax.Array]:
+    """Make global arrays of `rows` rows from this process's rows, which lie in the order of `rows_of`."""
+    out = {}
+    for name, x in batch.items():
+        shape = (rows, *x.shape[1:])
+        sharding = NamedSharding(mesh, spec("B" + "T" * (x.ndim - 1), shape, mesh, rules))
+        starts = dict(zip([r.start for r in rows_of(sharding, shape)], np.cumsum([0, *[r.stop - r.start for r in rows_of(sharding, shape)]])))
+
+        def local(index, x=x, starts=starts):
+            start, stop, _ = index[0].indices(rows)
+            return x[starts[start] : starts[start] + stop - start]
+
+        out[name] = jax.make_array_from_callback(shape, sharding, local)
+    return out

@@ -1,0 +1,187 @@
+"""Rows: what a model trains on, as a pure function of (seed, row index), read from the token store at random.
+
+    {"tokens":   [ 2  7  9  3  2  8  3  0 ],        int32[length]: two documents and padding
+     "segments": [ 1  1  1  1  2  2  2  0 ]}
+
+    stream = train(store, weights={"docs": 2, "code": 1}, packing="best_fit", length=2049, seed=0)
+    stream[10**9]                                   any row of the endless stream, without those before it
+    batches(stream, batch=512, start_step=1000)     the batches of steps 1000, 1001, ...: this is how to resume
+    batches(stream, batch=512, rows=[(0, 64)])      the first of eight hosts: its 64 of the same 512 rows
+    held_out = validation(store, "docs", length=2049)
+    held_out.bytes, held_out.plan.predicted         bits per byte = nats / log(2) / bytes
+
+Noise (masking, span corruption) becomes a function of (seed, row) too by `stream.random_map(corrupt, seed=seed)`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+import sys
+from typing import TypeAlias, cast
+import zlib
+
+import grain
+import numpy as np
+
+from jaxlm.data.packing import PACKINGS, Plan, best_fit
+from jaxlm.data.store import Split, Store
+from jaxlm.lookup import Mistake, key, miss
+
+Row: TypeAlias = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The packed rows of one split, at random access: {"tokens", "segments"}, int32[length] each.
+
+    Segments number the documents in a row from 1; 0 is padding. With `isolate=False` all documents of a row are one
+    segment: the classic GPT-2 stream, where a document sees the one before it.
+    """
+
+    split: Split
+    plan: Plan
+    isolate: bool = True
+    bytes: int | None = None  # UTF-8 bytes of the text that the rows cover, where they cover whole documents
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Row:
+        starts, lengths = self.plan[index]
+        row = {name: np.zeros(self.plan.length, np.int32) for name in ("tokens", "segments")}
+        used = int(lengths.sum())
+        row["segments"][:used] = np.repeat(np.arange(1, len(lengths) + 1), lengths) if self.isolate else 1
+        # Pieces that lie next to each other in the store are read at once.
+        gaps = np.flatnonzero(starts[1:] != starts[:-1] + lengths[:-1]) + 1
+        at = 0
+        for start, length in zip(starts[np.append(0, gaps)], np.add.reduceat(lengths, np.append(0, gaps))):
+            row["tokens"][at : at + length] = self.split.read(int(start), int(start + length))
+            at += length
+        return row
+
+
+def train(
+    store: Store,
+    *,
+    length: int,
+    seed: int,
+    packing: str = "best_fit",
+    isolate: bool = True,
+    weights: Mapping[str, float] | None = None,
+) -> grain.MapDataset[Row]:
+    """The endless stream of training rows: element i is a pure function of (seed, i).
+
+    Each source goes through its rows epoch after epoch, in a new order each time. `weights` are the sources' shares of all
+    rows (to within 1 %), from the first rows on and in any stretch; without them, the share of a source is its size.
+    Raises `Mistake` for a source that the store does not hold, weights without a positive one, a length below 2, or a
+    source in which there is nothing to predict.
+    """
+    pack = key("data.packing", packing, PACKINGS)
+    streams, shares = [], []
+    for source in store.sources if weights is None else _positive(store, weights):
+        split = store.split(source, "train")
+        rows = Rows(split, _plan(pack, store, source, split, length), isolate)
+        streams.append(_epochs(rows, _fold(seed, source)))
+        shares.append(len(rows) if weights is None else weights[source])
+    return grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
+
+
+def validation(store: Store, source: str, *, length: int, documents: int | None = None) -> Rows:
+    """All held-out documents, whole: each token but a document's first is predicted exactly once, and `bytes` are exact.
+
+    With `documents`, only that many of them, evenly spaced over the split. Raises `Mistake` as `train` does.
+    """
+    if source not in store.sources:
+        raise miss(f"store {store.path}", source, store.sources)
+    split = store.split(source, "validation")
+    chosen = np.arange(len(split))
+    if documents is not None and documents < len(split):
+        chosen = np.arange(documents) * len(split) // documents
+    plan = _plan(partial(best_fit, documents=chosen), store, source, split, length)
+    return Rows(split, plan, bytes=int(split.bytes[chosen].sum()))
+
+
+def batches(
+    dataset: grain.MapDataset[Row] | Rows,
+    *,
+    batch: int,
+    start_step: int = 0,
+    rows: Sequence[tuple[int, int]] | None = None,
+    features: Callable[[Row], Row] | None = None,
+    threads: int = 4,
+) -> Iterator[Row]:
+    """Stack consecutive rows on a new first axis: the batch of step s is rows s * batch to (s + 1) * batch.
+
+    A host that needs only some rows of each batch names them, as ranges [start, stop) within the batch. The last batch of
+    a finite data set is filled up with zeros. `features` turns a row into what the model takes; `threads` read ahead, two
+    batches each.
+    """
+    if not isinstance(dataset, grain.MapDataset):
+        dataset = grain.MapDataset.source(dataset)
+    if features is not None:
+        dataset = dataset.map(features)
+    local = np.concatenate([np.arange(*r) for r in rows]) if rows is not None else np.arange(batch)
+    if local.min(initial=0) < 0 or local.max(initial=0) >= batch or not len(local):
+        raise ValueError(f"rows {rows} are not ranges within a batch of {batch}")
+    zeros = {name: np.zeros_like(value) for name, value in cast(Row, dataset[0]).items()}
+    wanted = _Wanted(len(dataset), batch, start_step, local.tolist())
+    chosen = grain.MapDataset.select_from_datasets([dataset, grain.MapDataset.source([zeros])], wanted)
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(chosen.batch(len(local)).to_iter_dataset(reading))
+
+
+class _Wanted(grain.transforms.DatasetSelectionMap):
+    """Where to find the rows a host wants, batch after batch: (0, row), or (1, 0) past the end."""
+
+    def __init__(self, rows: int, batch: int, start_step: int, local: list[int]):
+        self._rows, self._batch, self._start_step, self._local = rows, batch, start_step, local
+
+    def __len__(self) -> int:
+        steps = -(-self._rows // self._batch) - self._start_step
+        return min(max(steps, 0) * len(self._local), sys.maxsize)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        step, nth = divmod(index, len(self._local))
+        row = (self._start_step + step) * self._batch + self._local[nth]
+        return (0, row) if row < self._rows else (1, 0)
+
+
+def _positive(store: Store, weights: Mapping[str, float]) -> list[str]:
+    """The sources with a positive weight."""
+    for source, weight in weights.items():
+        if source not in store.sources:
+            raise miss(f"store {store.path}", source, store.sources)
+        if not 0 <= weight < np.inf:
+            raise Mistake(f"data.weights: {source} has {weight}; a weight is a number from 0 up")
+    if not any(weights.values()):
+        raise Mistake(f"data.weights {dict(weights)} has no positive weight; sources: {', '.join(store.sources)}")
+    return [source for source, weight in weights.items() if weight]
+
+
+def _plan(pack: Callable[..., Plan], store: Store, source: str, split: Split, length: int) -> Plan:
+    """Pack one split; raises `Mistake` where that leaves nothing to predict."""
+    if length < 2:
+        raise Mistake(f"rows of length {length} have nothing to predict; a row takes at least 2 tokens")
+    plan = pack(split.offsets, length)
+    if not plan.predicted:
+        raise Mistake(f"source {source!r} of store {store.path}: no document of two tokens, so nothing to predict")
+    return plan
+
+
+def _fold(seed: int, source: str) -> int:
+    """A seed of its own for each source, which does not change when others come or go."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(source.encode())]).generate_state(1)[0])
+
+
+def _epochs(rows: Rows, seed: int) -> grain.MapDataset[Row]:
+    """All rows in a new order, epoch after epoch, without end."""
+    if len(rows) > 1 << 13:
+        return grain.MapDataset.source(rows).shuffle(seed).repeat()
+    # Grain's shuffle takes 8 µs a row among many, but 60 µs among 1,000 and 4 ms among 10 (its cipher has 16 bits).
+    count = len(rows)
+    return grain.MapDataset.range(sys.maxsize).map(lambda i: rows[_order(seed, i // count, count)[i % count]])
+
+
+@lru_cache(maxsize=32)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)

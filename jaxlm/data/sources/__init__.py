@@ -1,0 +1,123 @@
+"""Sources of text, one file a kind, each named by one string: `kind:PATH?option=value&option=value`.
+
+    text:data/*.txt.gz?documents=line          a file, a line or a paragraph (blank) is a document
+    jsonl:shards/**/*.jsonl.zst?field=body     one JSON object a line
+    parquet:data/*.parquet?field=text
+    tfds:lm1b:train?data_dir=/data             TensorFlow Datasets, without TensorFlow
+    python-docs:    python-source:             what ships with every Python
+
+Every kind takes `on_error=raise|skip`: what is done with text that cannot be read. The options begin at the last "?" that a
+`name=` follows, so that "?" and every other sign may stand in a path; values are taken as they are, without escapes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+import re
+from typing import NamedTuple
+
+from jaxlm import lookup
+from jaxlm.data.cut import cut
+from jaxlm.lookup import Mistake
+
+PIECE = 4 << 20  # characters that are held in memory as one; longer documents come in pieces
+
+
+class Document(NamedTuple):
+    """A text, or the piece of a long one that begins at character `start` of `total`."""
+
+    text: str
+    start: int
+    total: int
+
+
+class Fault(Exception):
+    """Text that cannot be read: the kind of fault, for counting, and a message that says where."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(kind, message)
+        self.kind, self.message = kind, message
+
+
+Report = Callable[[Fault], None]  # either raises, or counts and returns
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where documents come from; it can be read again and again, and gives the same every time."""
+
+    documents: Callable[[Report], Iterator[Document]]
+    inputs: Mapping[str, str | int]  # identifies what is read, so that a change is noticed
+    size: int | None = None  # UTF-8 bytes to come, roughly, where that is known beforehand
+    licence: str | None = None
+    on_error: str = "raise"
+
+    def read(self, skipped: Counter[str] | None = None) -> Iterator[Document]:
+        """Yield the documents; raises `Mistake` at text that cannot be read, or counts it in `skipped` under on_error=skip."""
+        skipped = Counter() if skipped is None else skipped
+
+        def report(fault: Fault) -> None:
+            if self.on_error == "raise":
+                raise Mistake(f"{fault.message} (on_error=skip leaves such out and counts them)")
+            skipped[fault.kind] += 1
+
+        for document in self.documents(report):
+            if document.total:
+                yield document
+            else:
+                skipped["empty"] += 1
+
+
+def find(spec: str) -> Source:
+    """The source that a spec names; raises `Mistake` for an unknown kind or option, and for files that are not there."""
+    kind, colon, rest = spec.partition(":")
+    if not colon:
+        kinds = ", ".join(f"{name.replace('_', '-')}:" for name in lookup.names(__name__))
+        raise Mistake(f"the source {spec!r} has no kind; write kind:PATH with one of: {kinds}")
+    module = lookup.module(__name__, kind)
+    path, options = _options(rest)
+    on_error = options.pop("on_error", "raise")
+    lookup.key(f"{spec}: on_error", on_error, dict(skip=None, **{"raise": None}))
+    return dataclasses.replace(lookup.spend(f"the source {kind!r}", module.source, options, path), on_error=on_error)
+
+
+def _options(rest: str) -> tuple[str, dict[str, str]]:
+    """Take "PATH?a=1&b=2" apart."""
+    if not (match := re.fullmatch(r"(.*)\?(\w+=[^?]*)", rest, re.DOTALL)):
+        return rest, {}
+    pairs = [pair.partition("=") for pair in match[2].split("&")]
+    return match[1], {name: value for name, _, value in pairs}
+
+
+def pieces(text: str) -> Iterator[Document]:
+    """A document that is in memory already, cut where it is too long."""
+    start = 0
+    for piece in cut(text, PIECE):
+        yield Document(piece, start, len(text))
+        start += len(piece)
+
+
+def field(record: Mapping[str, object], name: str, where: str) -> str:
+    """The text in a record's field; raises `Fault` where there is none."""
+    text = record.get(name)
+    if text is None:
+        raise Fault("missing field", f"{where}: {lookup.miss('the record', name, record)}")
+    text = text.decode(errors="surrogateescape") if isinstance(text, bytes) else text
+    if not isinstance(text, str):
+        raise Fault("not text", f"{where}: the field {name!r} is {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:  # JSON can spell half a character
+        raise Fault("invalid UTF-8", f"{where}: the field {name!r} is not valid Unicode at character {e.start}") from None
+    return text
+
+
+def records(rows: Iterable[tuple[str, Mapping[str, object]]], name: str, report: Report) -> Iterator[Document]:
+    """Documents from the field `name` of rows, each given with where it stands."""
+    for where, row in rows:
+        try:
+            text = field(row, name, where)
+        except Fault as fault:
+            report(fault)
+        else:
+            yield from pieces(text)

@@ -1,0 +1,38 @@
+"""TensorFlow Datasets without TensorFlow: `tfds:NAME/CONFIG:SPLIT?field=text&data_dir=DIR`, for data sets in ArrayRecord files.
+
+    tfds:wiki40b/en:train            tfds:my_corpus:train[:10%]?field=body&data_dir=/data
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from jaxlm.data.sources import Document, Report, Source, records
+from jaxlm.lookup import Mistake
+
+
+def source(path: str, *, field: str = "text", data_dir: str | None = None) -> Source:
+    """A data set that is prepared already, in its `data_dir`; nothing is downloaded."""
+    name, colon, split = path.partition(":")
+    if not (name and colon and split):
+        raise Mistake(f"tfds:{path} needs a name and a split, as in tfds:wiki40b/en:train")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as e:
+        raise Mistake(f"the source tfds: needs the extra tfds: pip install 'jaxlm[tfds]' ({e})") from e
+    try:
+        rows = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
+    except Exception as e:  # of many kinds: unknown name, split, folder, file format
+        raise Mistake(f"tfds cannot open {name!r}, split {split!r}, in {data_dir or 'its default folder'}: {str(e).splitlines()[0]}") from e
+    if field not in rows[0]:
+        raise Mistake(f"tfds:{path} has no field {field!r}; choose one with ?field=: {', '.join(rows[0])}")
+    return Source(partial(_documents, rows, path, field), dict(documents=len(rows), version=str(rows.dataset_info.version)))
+
+
+def _documents(rows: Any, path: str, field: str, report: Report) -> Iterator[Document]:
+    yield from records(_rows(rows, path), field, report)
+
+
+def _rows(rows: Any, path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+    for number in range(len(rows)):
+        yield f"tfds:{path}, example {number}", rows[number]

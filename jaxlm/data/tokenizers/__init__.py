@@ -1,0 +1,126 @@
+"""Tokenizers: one file a kind, each with `train(texts, ...)`, `load(path, ...)` and a `Tokenizer`.
+
+    tok = train(texts, dict(kind="sentencepiece", algorithm="bpe", vocab=2048))
+    tok.encode("def f(x):")                        [5, 871, 29, ...]      the text only; bos and eos are the caller's to add
+    tok.decode(tok.encode(text)) == text           to the last tab and newline, WordPiece excepted
+    tok.save("store/tokenizer");  load("store/tokenizer");  load("gpt2/");  load("some.model")
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import json
+from typing import Any, Protocol
+
+from etils import epath
+
+from jaxlm import lookup
+from jaxlm.data.cut import cut
+from jaxlm.lookup import Mistake
+
+SPEC = "spec.json"  # beside a saved tokenizer's own files: which kind it is, and how to load it again
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers."""
+
+    vocab: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    add_bos: bool  # whether a stored document begins with bos
+    add_eos: bool
+    fingerprint: str  # equal for tokenizers that give equal ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without specials."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text again; specials leave no trace."""
+        ...
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Write what `load(folder)` needs to give this tokenizer again."""
+        ...
+
+
+def load(source: epath.PathLike | Mapping[str, Any]) -> Tokenizer:
+    """Load a saved tokenizer, a Hugging Face folder, a .model or .json file, or `dict(kind=..., path=..., ...)`.
+
+    Raises `Mistake` when nothing there is a tokenizer.
+    """
+    if isinstance(source, Mapping):
+        options = dict(source)
+        kind, path = options.pop("kind"), options.pop("path")
+        return lookup.spend(f"tokenizer {kind!r} with a path", _kind(kind).load, options, epath.Path(path))
+    path = epath.Path(source)
+    if not path.exists():
+        raise Mistake(f"no tokenizer at {path}: nothing is there")
+    if (path / SPEC).exists():
+        spec = json.loads((path / SPEC).read_text())
+        return _kind(spec["kind"]).load(path, **spec["load"])
+    files = [path] if path.is_file() else [*path.glob("tokenizer.json"), *path.glob("*.model")]
+    for file in files:
+        if file.suffix in (".json", ".model"):
+            return _kind("huggingface" if file.suffix == ".json" else "sentencepiece").load(file)
+    raise Mistake(f"no tokenizer at {path}: looked for {SPEC}, tokenizer.json, *.model")
+
+
+def train(texts: Iterable[str], spec: Mapping[str, Any]) -> Tokenizer:
+    """Train a tokenizer on `texts`: `spec` is its kind and its training options, as in `config.data.tokenizer`."""
+    options = dict(spec)
+    if "kind" not in options:
+        raise Mistake(f"a tokenizer needs a kind, one of: {', '.join(lookup.names(__name__))}")
+    kind = options.pop("kind")
+    return lookup.spend(f"tokenizer {kind!r}", _kind(kind).train, options, texts)
+
+
+def sample(texts: Iterable[str], characters: int) -> list[str]:
+    """A uniform sample of documents of about `characters` in all, in one pass and in bounded memory.
+
+    A document is kept while the hash of its text is below a threshold, which halves whenever too much is held. So the sample
+    depends on the texts alone, not on their order, and equal documents are all in or all out.
+    """
+    held, size, threshold = [], 0, 1 << 64
+    for text in texts:
+        rank = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        if rank >= threshold:
+            continue
+        held.append((rank, text))
+        size += len(text)
+        while size > characters and len(held) > 1:
+            threshold //= 2
+            held = [(rank, text) for rank, text in held if rank < threshold]
+            size = sum(len(text) for _, text in held)
+    return [text for _, text in held]
+
+
+def sentences(texts: Iterable[str], characters: int = 4000) -> Iterator[str]:
+    """Cut texts into pieces of at most `characters`: trainers want short sentences, and some skip long ones."""
+    for text in texts:
+        yield from cut(text, characters)
+
+
+def fingerprint(*parts: bytes | str | int | bool | None) -> str:
+    """A short digest of everything that decides which ids a tokenizer gives."""
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(len(part).to_bytes(8) + part)
+    return digest.hexdigest()[:16]
+
+
+def save(tokenizer: Tokenizer, folder: epath.PathLike, kind: str, files: Mapping[str, bytes], **load: Any) -> None:
+    """Write a tokenizer's files, and last what `load` needs: half a tokenizer is never loaded."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    spec = dict(kind=kind, vocab=tokenizer.vocab, fingerprint=tokenizer.fingerprint, load=load)
+    (folder / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
+
+
+def _kind(name: str) -> Any:
+    return lookup.module(__name__, name)

@@ -1,0 +1,67 @@
+"""Characters: the sorted set of those in the training text, and no specials, so that tinyshakespeare has exactly 65.
+
+tok = train(["hello"])        vocab 4:  e 0, h 1, l 2, o 3
+tok.encode("hole")            [1, 3, 2, 0]
+"""
+
+from collections.abc import Iterable
+import json
+
+from etils import epath
+
+from jaxlm.data import tokenizers
+from jaxlm.lookup import Mistake
+
+CHARACTERS = "characters.json"
+
+
+class Tokenizer:
+    """`unknown` stands for characters that are not in the alphabet; without it they are a `Mistake`."""
+
+    bos = eos = pad = None
+    add_bos = add_eos = False
+
+    def __init__(self, alphabet: str, unknown: str | None = None):
+        self._alphabet, self._unknown = alphabet, unknown
+        self._ids = {character: i for i, character in enumerate(alphabet)}
+        self.vocab = len(alphabet)
+        self.fingerprint = tokenizers.fingerprint(alphabet, unknown)
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._ids[character] for character in text]
+        except KeyError as e:
+            if self._unknown is None:
+                raise Mistake(
+                    f"the character {e.args[0]!r} is not among the {self.vocab} of the training text; train with "
+                    f'tokenizer.unknown="?" (one character for all such), or use tokenizer.kind="bytes"'
+                ) from None
+        unknown = self._ids[self._unknown]
+        return [self._ids.get(character, unknown) for character in text]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self._alphabet[i] for i in ids)
+
+    def save(self, folder: epath.PathLike) -> None:
+        files = {CHARACTERS: json.dumps(self._alphabet, ensure_ascii=False).encode()}
+        tokenizers.save(self, folder, "characters", files, unknown=self._unknown)
+
+
+def load(path: epath.Path, *, unknown: str | None = None) -> Tokenizer:
+    """Load a folder that `save` wrote."""
+    if not (path / CHARACTERS).exists():
+        raise Mistake(f"no {CHARACTERS} in {path}")
+    return Tokenizer(json.loads((path / CHARACTERS).read_bytes()), unknown)
+
+
+def train(texts: Iterable[str], *, unknown: str | None = None) -> Tokenizer:
+    """Collect the characters of all texts. A character given as `unknown` is added, and stands for every other one."""
+    if unknown is not None and len(unknown) != 1:
+        raise Mistake(f"tokenizer.unknown is one character, not {unknown!r}")
+    alphabet = set(unknown or "")
+    for text in texts:
+        alphabet.update(text)
+    return Tokenizer("".join(sorted(alphabet)), unknown)

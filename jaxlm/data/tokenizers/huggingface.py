@@ -1,0 +1,161 @@
+"""Hugging Face `tokenizers`: load any tokenizer.json; train byte-level BPE (as GPT-2) or WordPiece (as BERT).
+
+    tok = load(Path("gpt2/"))                               its specials from tokenizer_config.json, or by their usual names
+    tok = train(texts, vocab=32_000)                        byte-level BPE: decode(encode(text)) == text
+    tok.encode("<|endoftext|>")                             the characters; a text cannot smuggle in a special
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+import json
+
+from etils import epath
+import tokenizers as hf
+
+from jaxlm.data import tokenizers
+from jaxlm.lookup import Mistake, key
+
+FILE = "tokenizer.json"
+LIMIT = 1000  # characters of their own in a WordPiece vocabulary; rarer ones are unknown
+USUAL = dict(  # by these names when a tokenizer.json comes alone
+    bos=("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|endoftext|>"),
+    eos=("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|endoftext|>"),
+    pad=("<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
+)
+
+
+class Tokenizer:
+    """A tokenizer.json and which of its tokens begin, end and pad a document."""
+
+    def __init__(self, content: str, bos: str | None, eos: str | None, pad: str | None, add_bos: bool, add_eos: bool):
+        self._state = content, bos, eos, pad, add_bos, add_eos
+        try:
+            self._tokenizer = hf.Tokenizer.from_str(content)
+        except Exception as e:  # the library raises nothing narrower
+            raise Mistake(f"not a Hugging Face tokenizer.json: {e}") from e
+        self._tokenizer.encode_special_tokens = True  # a special's name in a text is text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.bos, self.eos, self.pad = map(self._special, (bos, eos, pad))
+        self.add_bos, self.add_eos = add_bos and self.bos is not None, add_eos and self.eos is not None
+        self.fingerprint = tokenizers.fingerprint(*self._state)
+
+    def __reduce__(self):
+        return Tokenizer, self._state
+
+    def _special(self, name: str | None) -> int | None:
+        if name is None:
+            return None
+        if (token := self._tokenizer.token_to_id(name)) is None:
+            raise Mistake(f"the tokenizer has no token {name!r}")
+        return token
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: epath.PathLike) -> None:
+        content, *names = self._state
+        specials = dict(zip(("bos", "eos", "pad", "add_bos", "add_eos"), names))
+        tokenizers.save(self, folder, "huggingface", {FILE: content.encode()}, **specials)
+
+
+def load(
+    path: epath.Path,
+    *,
+    bos: str | None = None,
+    eos: str | None = None,
+    pad: str | None = None,
+    add_bos: bool = True,
+    add_eos: bool = True,
+) -> Tokenizer:
+    """Load a tokenizer.json or the folder it is in.
+
+    Specials that are not named come from the tokenizer_config.json beside it, else from the usual names that it has.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.exists():
+        raise Mistake(f"no {FILE} at {path}")
+    content, beside = file.read_text(), file.parent / "tokenizer_config.json"
+    config = json.loads(beside.read_text()) if beside.exists() else {}
+    given = dict(bos=bos, eos=eos, pad=pad)
+    try:
+        present = hf.Tokenizer.from_str(content).token_to_id
+    except Exception as e:
+        raise Mistake(f"{file} is not a Hugging Face tokenizer.json: {e}") from e
+    for name in given:
+        token = config.get(f"{name}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        usual = next((t for t in USUAL[name] if present(t) is not None), None)
+        given[name] = given[name] or token or usual
+    return Tokenizer(content, **given, add_bos=add_bos, add_eos=add_eos)
+
+
+def train(
+    texts: Iterable[str],
+    *,
+    vocab: int,
+    algorithm: str = "bpe",
+    lowercase: bool = False,
+    sample: int = 50_000_000,
+    min_frequency: int = 2,
+) -> Tokenizer:
+    """Train byte-level BPE ("bpe") or "wordpiece" on a sample of about `sample` characters; `lowercase` is WordPiece's."""
+    build = key("tokenizer.algorithm", algorithm, dict(bpe=_byte_level_bpe, wordpiece=_wordpiece))
+    tokenizer = build(list(tokenizers.sentences(tokenizers.sample(texts, sample))), vocab, min_frequency, lowercase)
+    if tokenizer.vocab > vocab:
+        raise Mistake(f"tokenizer.vocab={vocab} is too small: {algorithm} needs {tokenizer.vocab} for its alphabet alone")
+    return tokenizer
+
+
+def _byte_level_bpe(texts: list[str], vocab: int, min_frequency: int, lowercase: bool) -> Tokenizer:
+    if lowercase:
+        raise Mistake('tokenizer.lowercase is for algorithm="wordpiece": byte-level BPE keeps every text as it is')
+    end = "<|endoftext|>"
+    trained = hf.Tokenizer(hf.models.BPE())
+    trained.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab,
+        min_frequency=min_frequency,
+        special_tokens=[end],
+        initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    return Tokenizer(trained.to_str(), bos=end, eos=end, pad=None, add_bos=True, add_eos=True)
+
+
+def _wordpiece(texts: list[str], vocab: int, min_frequency: int, lowercase: bool) -> Tokenizer:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    normalizer = hf.normalizers.BertNormalizer(lowercase=lowercase)
+    counts = Counter(c for text in texts for c in normalizer.normalize_str(text) if not c.isspace())
+    alphabet = sorted(sorted(counts), key=lambda c: -counts[c])[:LIMIT]
+
+    def tokenizer(pieces: dict[str, int]) -> hf.Tokenizer:
+        made = hf.Tokenizer(hf.models.WordPiece(pieces, unk_token="[UNK]"))
+        made.normalizer, made.pre_tokenizer = normalizer, hf.pre_tokenizers.BertPreTokenizer()
+        made.decoder = hf.decoders.WordPiece(prefix="##")
+        return made
+
+    # The trainer numbers the characters inside words in the order of a hash table, another one in each run, and breaks ties
+    # by these numbers. Listed with the specials they have fixed ones; a second tokenizer then has the true specials only.
+    trainer = hf.trainers.WordPieceTrainer(
+        vocab_size=vocab,
+        min_frequency=min_frequency,
+        special_tokens=specials + [f"##{c}" for c in alphabet],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    trained = tokenizer({"[UNK]": 0})
+    trained.train_from_iterator(texts, trainer)
+    final = tokenizer(trained.get_vocab())
+    final.add_special_tokens(specials)
+    return Tokenizer(final.to_str(), bos="[CLS]", eos="[SEP]", pad="[PAD]", add_bos=True, add_eos=True)

@@ -1,0 +1,113 @@
+"""SentencePiece, unigram or BPE, with byte fallback and no normalisation: every text comes back as it was.
+
+    tok = train(texts, vocab=2048, algorithm="bpe")        pad 0, unknown 1, bos 2, eos 3, 256 bytes, then pieces
+    tok.encode("for  x\\n")                                 ids of  "for", "▁▁", "x", "\\n"
+"""
+
+from collections.abc import Iterable
+import io
+
+from etils import epath
+import sentencepiece
+
+from jaxlm.data import tokenizers
+from jaxlm.lookup import Mistake, key
+
+MODEL = "tokenizer.model"
+SPACE = "▁"  # how SentencePiece writes a space
+
+
+class Tokenizer:
+    """A SentencePiece model; bos and eos are added to documents where the model has them, unless told otherwise."""
+
+    def __init__(self, model: bytes, *, add_bos: bool | None = None, add_eos: bool | None = None):
+        self._model = model
+        try:
+            self._processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as e:
+            raise Mistake(f"not a SentencePiece model: {e}") from e
+        self.vocab: int = sp.vocab_size()
+        self.bos, self.eos, self.pad = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id(), sp.pad_id()))
+        self.add_bos = self.bos is not None if add_bos is None else add_bos
+        self.add_eos = self.eos is not None if add_eos is None else add_eos
+        self.fingerprint = tokenizers.fingerprint(model, self.add_bos, self.add_eos)
+        self._space = self._literal_space()
+
+    def __reduce__(self):
+        return _restore, (self._model, self.add_bos, self.add_eos)
+
+    def _literal_space(self) -> list[int] | None:
+        """The ids of the bytes of a literal "▁", which the model alone would take for a space; None where it cannot be told apart."""
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        prefixed = self._processor.encode("a", out_type=str)[0].startswith(SPACE)
+        return ids if all(map(self._processor.is_byte, ids)) and not prefixed else None
+
+    def encode(self, text: str) -> list[int]:
+        if self._space is None or SPACE not in text:
+            return self._processor.encode(text)
+        first, *rest = (self._processor.encode(part) for part in text.split(SPACE))
+        return sum((self._space + ids for ids in rest), first)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+    def save(self, folder: epath.PathLike) -> None:
+        files = {MODEL: self._model}
+        tokenizers.save(self, folder, "sentencepiece", files, add_bos=self.add_bos, add_eos=self.add_eos)
+
+
+def _restore(model: bytes, add_bos: bool, add_eos: bool) -> Tokenizer:
+    return Tokenizer(model, add_bos=add_bos, add_eos=add_eos)
+
+
+def load(path: epath.Path, *, add_bos: bool | None = None, add_eos: bool | None = None) -> Tokenizer:
+    """Load any .model file, or a folder that `save` wrote."""
+    file = path / MODEL if path.is_dir() else path
+    if not file.exists():
+        raise Mistake(f"no SentencePiece model at {file}")
+    return Tokenizer(file.read_bytes(), add_bos=add_bos, add_eos=add_eos)
+
+
+def train(
+    texts: Iterable[str],
+    *,
+    vocab: int,
+    algorithm: str = "unigram",
+    sample: int = 10_000_000,
+    character_coverage: float = 0.9995,
+    split_digits: bool = False,
+) -> Tokenizer:
+    """Train on a sample of about `sample` characters; raises `Mistake` when the texts do not carry so large a vocabulary.
+
+    Characters outside the coverage are spelt in bytes. The result depends on the texts alone.
+    """
+    algorithm = key("tokenizer.algorithm", algorithm, dict(unigram="unigram", bpe="bpe"))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=tokenizers.sentences(tokenizers.sample(texts, sample)),
+            model_writer=model,
+            model_type=algorithm,
+            vocab_size=vocab,
+            character_coverage=character_coverage,
+            split_digits=split_digits,
+            # Nothing is normalised away, and nothing is unknown.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            allow_whitespace_only_pieces=True,  # indentation is one piece
+            max_sentence_length=1 << 20,  # bytes; `sentences` keeps below it, and what is longer would be left out
+            num_threads=16,  # fixed, because unigram's counts are summed in the order of the threads
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        raise Mistake(f"SentencePiece cannot train {vocab} pieces on this text: {e}") from e
+    return Tokenizer(model.getvalue())

@@ -1,0 +1,58 @@
+"""The model families, one file each; the folder is the registry (`config.model.name = "gpt2"` is `models/gpt2.py`).
+
+    model = models.Blueprint.of(dict(name="gpt2", layers=2), vocab=512)   nothing is allocated yet
+    params = model.init(seed=0, mesh=mesh, rules=axes.RULES)              a plain tree of arrays, placed by their names
+    logits_BTV, _ = model.bind(params)(tokens_BT)
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from jaxlm import axes, lookup
+
+Tree = Any  # nested dicts of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A model without its parameters: they live in a plain tree, and `bind` brings both together."""
+
+    name: str
+    config: Any
+    graph: nnx.GraphDef
+    shapes: Tree  # jax.ShapeDtypeStruct at every leaf
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any], *, vocab: int, dtype: str = "float32") -> "Blueprint":
+        """From `config.model`: a name and the keys of that family's Config. Raises `Mistake` for a name or key that is not."""
+        section = dict(section)
+        module = lookup.module("jaxlm.models", section.pop("name", "?"))
+        if not hasattr(module, "Model"):
+            raise lookup.Mistake(f"jaxlm.models.{module.__name__} is no trainable family")
+        config = lookup.spend("config.model", module.Config, {"vocab": vocab, "dtype": dtype, **section})
+        if config.vocab < vocab:
+            raise lookup.Mistake(f"the tokenizer has {vocab} ids, but config.model.vocab is {config.vocab}")
+        graph, state = nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0))))
+        return cls(module.__name__.rpartition(".")[2], config, graph, nnx.to_pure_dict(state))
+
+    def init(self, seed: int = 0, mesh: Mesh | None = None, rules: Mapping[str, Any] = axes.RULES) -> Tree:
+        """Fresh float32 parameters, the same for every mesh; each device makes only what it holds."""
+        make = functools.partial(lookup.module("jaxlm.models", self.name).Model, self.config)
+        places = None if mesh is None else axes.shardings(self.shapes, mesh, rules)
+        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)))), out_shardings=places)(jax.random.key(seed))
+
+    def bind(self, params: Tree) -> Any:
+        """The model with these parameters."""
+        return nnx.merge(self.graph, params)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes))

@@ -1,0 +1,112 @@
+"""GPT-2: pre-norm decoder with learned positions, biases and a GELU MLP; the head is the embedding (Radford et al. 2019).
+
+Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
+"""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from jaxlm import axes
+from jaxlm.axes import shaped
+from jaxlm.lookup import Mistake
+from jaxlm.nn import positions
+from jaxlm.nn.attention import Attention
+from jaxlm.nn.cache import Cache
+from jaxlm.nn.linear import dense, dropout, normal
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.mlp import MLP
+from jaxlm.nn.norms import LayerNorm
+from jaxlm.nn.stack import scan, stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and choices; the defaults are the 124M model's."""
+
+    vocab: int
+    context: int = 1024  # positions that are learned: no longer row can be read
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_width: int | None = None  # 4 x width unless given
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    attention: str = "auto"
+    remat: str = "none"
+    dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+        out_std = 0.02 * (2 * c.layers) ** -0.5  # section 2.3: residual layers scaled by their number
+        self.norm1, self.norm2 = LayerNorm(c.width, c.norm_eps), LayerNorm(c.width, c.norm_eps)
+        self.attn = Attention(
+            c.width, c.heads, c.heads, c.head_width, bias=True, backend=c.attention, std=0.02, out_std=out_std, rngs=rngs
+        )  # fmt: skip
+        gelu = functools.partial(jax.nn.gelu, approximate=True)
+        self.mlp = MLP(c.width, c.mlp_width or 4 * c.width, gelu, std=0.02, out_std=out_std, rngs=rngs)
+        self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
+
+    @shaped
+    def __call__(self, x_BTD, mask, cache=None, layer=None, key=None):
+        keys = (None, None) if key is None else jax.random.split(key)
+        y_BTD, cache = self.attn(self.norm1(x_BTD, self.dtype), mask, None, cache, layer)
+        x_BTD = axes.constrain(x_BTD + dropout(y_BTD, self.dropout, keys[0]), "BTD")
+        y_BTD = self.mlp(self.norm2(x_BTD, self.dtype))
+        return axes.constrain(x_BTD + dropout(y_BTD, self.dropout, keys[1]), "BTD"), cache
+
+
+class Model(nnx.Module):
+    """Token ids to hidden states to logits."""
+
+    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+        if c.width % c.heads:
+            raise Mistake(f"config.model: width={c.width} is no multiple of heads={c.heads}")
+        self.config = c
+        self.embed_VD = normal(rngs, c.vocab, c.width, std=0.02)
+        self.positions_TD = normal(rngs, c.context, c.width, std=0.02)
+        self.blocks = stacked(lambda rngs: Block(c, rngs=rngs), c.layers, rngs)
+        self.norm = LayerNorm(c.width, c.norm_eps)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        return self.embed_VD[...]
+
+    @shaped
+    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+        """Final hidden states [B, T, D] and the cache, if one was given, with T more tokens; `key` switches dropout on."""
+        c, T = self.config, tokens_BT.shape[1] if cache is None else cache.k_LBKSH.shape[3]
+        if T > c.context:
+            raise Mistake(f"gpt2: {T} positions, but only config.model.context={c.context} were learned")
+        if positions_BT is None:
+            positions_BT = positions.of(tokens_BT, segments_BT, cache)
+        x_BTD = self.embed_VD[...][tokens_BT] + self.positions_TD[...][positions_BT]
+        keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
+        x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
+        mask = Mask(segments_BT=segments_BT)
+
+        def step(block, carry, extra):
+            return block(carry[0], mask, carry[1], *extra)
+
+        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (jnp.arange(c.layers), keys[1]), remat=c.remat)
+        return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1])
+
+    @shaped
+    def __call__(self, tokens_BT, **where):
+        """Logits [B, T, V] in float32, and the cache."""
+        x_BTD, cache = self.hidden(tokens_BT, **where)
+        return dense(x_BTD, self.head_VD.T).astype(jnp.float32), cache
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        c = self.config
+        return Cache.empty(c.layers, batch, c.heads, slots, c.head_width, jnp.dtype(c.dtype))

@@ -1,0 +1,121 @@
+"""Attention: who may look at whom is described by a `Mask`; one function computes it, over interchangeable backends.
+
+    attend(q_BNTH, k_BKSH, v_BKSH, Mask(causal=True, segments_BT=segments_BT), backend="auto")
+
+`xla` is the reference: B x N x T x S scores exist. `chunked` keeps memory linear in T. `splash` is the TPU kernel. Each honours
+every field of the mask that it accepts, and `auto` never picks one that does not. Heads lie in front of tokens, and query heads
+that share a key/value head lie together, so every product is one batched product over (B K).
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from jaxlm import axes, lookup
+from jaxlm.axes import shaped
+from jaxlm.nn import positions, splash
+from jaxlm.nn.cache import Cache
+from jaxlm.nn.linear import dense, normal, zeros
+from jaxlm.nn.mask import Mask, visible
+
+HIDDEN = -1e30  # a score that is masked: finite, so that a row with nothing to see stays finite
+
+
+def xla(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> jax.Array:
+    """Softmax(q k / sqrt(H)) v with all scores in memory (arXiv:1706.03762, eq. 1)."""
+    B, N, T, H = q_BNTH.shape
+    K, S = k_BKSH.shape[1:3]
+    hide = jnp.where(visible(mask, jnp.arange(T), jnp.arange(S)), 0.0, HIDDEN)
+    q = (q_BNTH * H**-0.5).reshape(B * K, N // K * T, H)
+    k, v = k_BKSH.reshape(B * K, S, H), v_BKSH.reshape(B * K, S, H)
+    score = jnp.einsum("bth,bsh->bts", q, k, preferred_element_type=jnp.float32)
+    score = (score.reshape(B, N, T, S) + hide[:, None]).reshape(B * K, N // K * T, S)
+    prob = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+    return jnp.einsum("bts,bsh->bth", prob, v).reshape(B, N, T, H)
+
+
+def chunked(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, chunk: int = 256) -> jax.Array:
+    """The same with memory linear in T: one block of queries at a time, computed again in the backward pass (arXiv:2112.05682)."""
+    B, N, T, H = q_BNTH.shape
+    K, S = k_BKSH.shape[1:3]
+    chunk = min(chunk, T)
+    blocks = -(-T // chunk)
+    q = jnp.pad(q_BNTH, ((0, 0), (0, 0), (0, blocks * chunk - T), (0, 0)))
+
+    @jax.checkpoint
+    def block(_, xs):
+        q_BNtH, start = xs
+        at = jnp.minimum(start + jnp.arange(chunk), T - 1)  # padded queries repeat the last one, and are cut off below
+        hide = jnp.where(visible(mask, at, jnp.arange(S)), 0.0, HIDDEN)
+        q = (q_BNtH * H**-0.5).reshape(B, K, N // K * chunk, H)
+        score = jnp.einsum("bkth,bksh->bkts", q, k_BKSH, preferred_element_type=jnp.float32)
+        score = (score.reshape(B, N, chunk, S) + hide[:, None]).reshape(B, K, -1, S)
+        prob = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype)
+        return None, jnp.einsum("bkts,bksh->bkth", prob, v_BKSH).reshape(B, N, chunk, H)
+
+    q = q.reshape(B, N, blocks, chunk, H).transpose(2, 0, 1, 3, 4)
+    out = jax.lax.scan(block, None, (q, jnp.arange(blocks) * chunk))[1]
+    return out.transpose(1, 2, 0, 3, 4).reshape(B, N, blocks * chunk, H)[:, :, :T]
+
+
+BACKENDS: dict[str, Callable] = {"xla": xla, "chunked": chunked, "splash": splash.attend}
+
+
+def choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask) -> str:
+    """What `auto` means here: the TPU kernel where it applies, else `xla` up to 1,024 keys (or one query), else `chunked`."""
+    if axes.platform() == "tpu" and splash.refuses(q_shape, k_shape, mask) is None:
+        return "splash"
+    return "xla" if k_shape[2] <= 1024 or q_shape[2] == 1 else "chunked"
+
+
+@shaped
+def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, backend: str = "auto") -> jax.Array:
+    """Attention of N query heads over K key/value heads, softmax in float32: [B, N, T, H] in v's dtype.
+
+    Raises `Mistake` for an unknown backend, or one that cannot honour the mask or the shape.
+    """
+    if backend == "auto":
+        backend = choose(q_BNTH.shape, k_BKSH.shape, mask)
+    return lookup.key("config.model.attention", backend, BACKENDS)(q_BNTH, k_BKSH, v_BKSH, mask)
+
+
+class Attention(nnx.Module):
+    """Projections around `attend`: grouped queries (arXiv:2305.13245), optionally rotary positions and biases."""
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_width: int, *, bias: bool = False, backend: str = "auto",
+        std: float, out_std: float, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        if heads % kv_heads:
+            raise lookup.Mistake(f"config.model: heads={heads} is no multiple of kv_heads={kv_heads}")
+        self.wq_DNH = normal(rngs, width, heads, head_width, std=std)
+        self.wk_DKH = normal(rngs, width, kv_heads, head_width, std=std)
+        self.wv_DKH = normal(rngs, width, kv_heads, head_width, std=std)
+        self.wo_NHD = normal(rngs, heads, head_width, width, std=out_std)
+        self.bias_q_NH = zeros(heads, head_width) if bias else None
+        self.bias_k_KH = zeros(kv_heads, head_width) if bias else None
+        self.bias_v_KH = zeros(kv_heads, head_width) if bias else None
+        self.bias_D = zeros(width) if bias else None
+        self.backend = backend
+
+    @shaped
+    def __call__(
+        self, x_BTD: jax.Array, mask: Mask, angles: tuple[jax.Array, jax.Array] | None = None,
+        cache: Cache | None = None, layer: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
+        """Attend among x, or over the cache of `layer` after writing x's keys and values to it."""
+        q_BNTH = dense(x_BTD, self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
+        k_BKTH = dense(x_BTD, self.wk_DKH, self.bias_k_KH).transpose(0, 2, 1, 3)
+        v_BKTH = dense(x_BTD, self.wv_DKH, self.bias_v_KH).transpose(0, 2, 1, 3)
+        if angles is not None:
+            q_BNTH, k_BKTH = positions.rotate(q_BNTH, angles), positions.rotate(k_BKTH, angles)
+        q_BNTH, k_BKSH, v_BKSH = axes.constrain(q_BNTH, "BNTH"), axes.constrain(k_BKTH, "BKTH"), axes.constrain(v_BKTH, "BKTH")
+        if cache is not None:
+            cache = cache.write(layer, k_BKTH, v_BKTH)
+            k_BKSH, v_BKSH = cache.read(layer)
+            mask = dataclasses.replace(mask, offset_B=cache.lengths_B)
+        out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend)
+        return dense(out_BNTH.transpose(0, 2, 1, 3).astype(x_BTD.dtype), self.wo_NHD, self.bias_D, axes=2), cache

@@ -1,0 +1,105 @@
+"""Cross-entropy and the output head as one step: the B x T x V logits never exist in full, forward or backward.
+
+The gradient is computed along with the loss, chunk by chunk, while a chunk's logits are at hand; kept are only the gradients
+of x [B, T, D] and of the head [V, D].
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm import axes
+from jaxlm.axes import shaped
+
+LOGITS_AT_ONCE = 2**24  # elements of one chunk's logits, unless told otherwise: 64 MiB in float32
+
+
+class Sums(NamedTuple):
+    """Sums over all tokens, each weighted: divide by `weight` for means per token (nats)."""
+
+    loss: jax.Array  # what is minimised: nll with label smoothing, and the z-loss
+    nll: jax.Array  # negative log-likelihood
+    correct: jax.Array  # tokens whose label has the highest logit
+    weight: jax.Array
+
+
+@shaped
+def cross_entropy(
+    x_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, *,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, chunk: int | None = None,
+) -> Sums:  # fmt: skip
+    """Sums of -log softmax(x head')[label] over tokens, in float32; `chunk` tokens of each row at a time.
+
+    Label smoothing spreads its share evenly over the vocabulary (arXiv:1512.00567, section 7); `z_loss` times the squared
+    log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5).
+    """
+    B, T, _ = x_BTD.shape
+    V = head_VD.shape[0]
+    if chunk is None:
+        chunk = max(1, LOGITS_AT_ONCE // (B * V))
+    chunk = -(-T // -(-T // min(chunk, T)))  # as few chunks, as even as possible
+    totals = _summed(x_BTD, head_VD, labels_BT, weights_BT.astype(jnp.float32), label_smoothing, z_loss, chunk)
+    return Sums(*totals, weights_BT.astype(jnp.float32).sum())
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...], padded with zeros (weight 0)."""
+    pad = -x.shape[1] % chunk
+    x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _chunk_sums(x, head, labels, weights, smoothing, z_loss):
+    """One chunk: the three sums, and what its gradient needs."""
+    B, t, D = x.shape
+    logits = (x.reshape(B * t, D) @ head.T).astype(jnp.float32).reshape(B, t, -1)
+    logits = axes.constrain(logits, "BTV")
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    nll = norm - picked
+    loss = nll + z_loss * jnp.square(norm)
+    if smoothing:
+        loss = loss + smoothing * (picked - logits.mean(axis=-1))
+    correct = (picked >= logits.max(axis=-1)) * weights
+    return ((loss * weights).sum(), (nll * weights).sum(), correct.sum()), (logits, norm)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _summed(x, head, labels, weights, smoothing, z_loss, chunk):
+    head = head.astype(x.dtype)
+
+    def add(sums, xs):
+        return jax.tree.map(jnp.add, sums, _chunk_sums(xs[0], head, *xs[1:], smoothing, z_loss)[0]), None
+
+    xs = tuple(_split(a, chunk) for a in (x, labels, weights))
+    return jax.lax.scan(add, (jnp.zeros(()),) * 3, xs)[0]
+
+
+def _summed_forward(x, head, labels, weights, smoothing, z_loss, chunk):
+    cast, V = head.astype(x.dtype), head.shape[0]
+
+    def add(carry, xs):
+        sums, d_head = carry
+        x, labels, weights = xs
+        new, (logits, norm) = _chunk_sums(x, cast, labels, weights, smoothing, z_loss)
+        d = jnp.exp(logits - norm[..., None]) * (1.0 + 2.0 * z_loss * norm)[..., None] - smoothing / V
+        d = d - (1.0 - smoothing) * jax.nn.one_hot(labels, V, dtype=d.dtype)
+        d = (d * weights[..., None]).astype(x.dtype).reshape(-1, V)
+        d_head = d_head + (d.T @ x.reshape(-1, x.shape[-1])).astype(jnp.float32)
+        return (jax.tree.map(jnp.add, sums, new), d_head), (d @ cast).reshape(x.shape)
+
+    xs = tuple(_split(a, chunk) for a in (x, labels, weights))
+    start = ((jnp.zeros(()),) * 3, jnp.zeros(head.shape, jnp.float32))
+    (sums, d_head), d_x = jax.lax.scan(add, start, xs)
+    d_x = d_x.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
+    return sums, (d_x, d_head.astype(head.dtype))
+
+
+def _summed_backward(smoothing, z_loss, chunk, kept, g):
+    d_x, d_head = kept  # gradients of the loss sum; nll and the count of correct tokens are reports, not differentiated
+    return (d_x * g[0]).astype(d_x.dtype), d_head * g[0].astype(d_head.dtype), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)

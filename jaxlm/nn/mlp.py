@@ -1,0 +1,37 @@
+"""The position-wise networks between attention layers."""
+
+from collections.abc import Callable
+
+from flax import nnx
+import jax
+
+from jaxlm import axes
+from jaxlm.nn.linear import dense, normal, zeros
+
+
+class MLP(nnx.Module):
+    """Up, activation, down, with biases (arXiv:1706.03762)."""
+
+    def __init__(self, width: int, mlp_width: int, activation: Callable, *, std: float, out_std: float, rngs: nnx.Rngs):
+        self.up_DF, self.bias_F = normal(rngs, width, mlp_width, std=std), zeros(mlp_width)
+        self.down_FD, self.bias_D = normal(rngs, mlp_width, width, std=out_std), zeros(width)
+        self.activation = activation
+
+    @axes.shaped
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        h_BTF = axes.constrain(self.activation(dense(x_BTD, self.up_DF, self.bias_F)), "BTF")
+        return dense(h_BTF, self.down_FD, self.bias_D)
+
+
+class GatedMLP(nnx.Module):
+    """One branch gates the other: SwiGLU where the activation is SiLU (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, mlp_width: int, activation: Callable, *, std: float, out_std: float, rngs: nnx.Rngs):
+        self.gate_DF, self.up_DF = normal(rngs, width, mlp_width, std=std), normal(rngs, width, mlp_width, std=std)
+        self.down_FD = normal(rngs, mlp_width, width, std=out_std)
+        self.activation = activation
+
+    @axes.shaped
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        h_BTF = axes.constrain(self.activation(dense(x_BTD, self.gate_DF)) * dense(x_BTD, self.up_DF), "BTF")
+        return dense(h_BTF, self.down_FD)

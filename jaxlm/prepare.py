@@ -1,0 +1,156 @@
+"""Turn sources of text into a token store: documents are read, split, encoded in parallel and appended, in bounded memory.
+
+    jaxlm prepare --config=configs/quickstart.py --config.data.store=data/python_docs
+
+Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so. Read `prepare` first.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+import inspect
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from etils import epath
+import numpy as np
+import rich.progress
+
+from jaxlm.data import sources as source_kinds
+from jaxlm.data import store as token_store
+from jaxlm.data import tokenizers
+from jaxlm.data.sources import Source
+from jaxlm.data.splits import Splitter
+from jaxlm.data.store import read_json, write_json
+from jaxlm.lookup import Mistake
+
+COMMIT = 4 << 20  # tokens between two commits: what a kill can cost, and what is held in memory
+BATCH = 1 << 18  # characters that a worker encodes at a time
+FORMAT = 1  # of the store; a change here asks for a new one
+
+Encoded = tuple[str, np.ndarray, np.ndarray, np.ndarray]  # split, tokens, their number and the UTF-8 bytes of each document
+
+
+def prepare(
+    store: str,
+    sources: Mapping[str, str],
+    tokenizer: Mapping[str, Any],
+    *,
+    validation: float = 0.05,
+    split: str = "document",
+    split_seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> token_store.Store:
+    """Make the token store at `store` from `sources` (name -> spec), or finish it, and open it.
+
+    `tokenizer` is a kind with its training options, or with the `path` of one to load; it is trained on the training split of
+    all sources. `split` says what is held out for validation: whole documents, or the tail of each (`jaxlm.data.splits`).
+    The store is the same for every number of `workers` (processes; by default one for each core). Raises `Mistake` when the
+    store was made from something else, unless it may `overwrite` it.
+    """
+    splitter = Splitter(split, validation, split_seed)
+    found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
+    root = epath.Path(store)
+    if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
+        raise Mistake(f"{store} is not empty and no token store; choose another folder for config.data.store")
+    if overwrite and root.exists():
+        print(f"{store}: removed, to be made anew")
+        root.rmtree()
+
+    made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed)
+    recipes = {name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found}
+    tok = _tokenizer(root / "tokenizer", dict(tokenizer), found, recipes, splitter)
+    for name, source in found.items():
+        recipe = dict(recipes[name], tokenizer=tok.fingerprint)
+        _prepare_source(root / name, source, recipe, tok, splitter, workers or len(os.sched_getaffinity(0)))
+    return token_store.open(store)
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name) or name == "tokenizer":
+        raise Mistake(f"config.data.sources: {name!r} cannot be a source's name: it names a folder beside tokenizer/")
+    return name
+
+
+def _tokenizer(
+    folder: epath.Path, spec: dict[str, Any], sources: Mapping[str, Source], recipes: Mapping[str, dict], splitter: Splitter
+) -> tokenizers.Tokenizer:
+    """The store's tokenizer: loaded, or trained on the training split of all sources and saved."""
+    recipe = dict(tokenizer=spec, sources=recipes)
+    if (folder / "recipe.json").exists():
+        stored = read_json(folder / "recipe.json")
+        # A source that joins an existing store uses its tokenizer; one that was there must be the same still.
+        shared = [name for name in recipes if name in stored["sources"]]
+        for was, now in [(stored["tokenizer"], spec), *((stored["sources"][name], recipes[name]) for name in shared)]:
+            _same(folder, was, now)
+        return tokenizers.load(folder)
+    if "path" in spec:
+        tok = tokenizers.load(spec)
+    else:
+        texts = (train for source in sources.values() for train, _ in splitter.parts(source.read()) if train)
+        if (first := next(texts, None)) is None:
+            raise Mistake(f"there is no text to train a tokenizer on in {', '.join(r['source'] for r in recipes.values())}")
+        begun = time.perf_counter()
+        tok = tokenizers.train(itertools.chain([first], texts), spec)
+        print(f"tokenizer: {spec['kind']} with {tok.vocab:,} tokens, trained in {time.perf_counter() - begun:.1f} s")
+    tok.save(folder)
+    write_json(folder / "recipe.json", recipe)
+    return tok
+
+
+def _same(where: epath.Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `Mistake` when what is at `where` was made otherwise than is asked for now."""
+    changed = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in {**was, **now} if was.get(k) != now.get(k)]
+    if changed:
+        raise Mistake(
+            f"{where} was made differently ({'; '.join(changed)}); choose another config.data.store, or make it anew with --overwrite"
+        )
+
+
+def _prepare_source(
+    folder: epath.Path, source: Source, recipe: dict[str, Any], tok: tokenizers.Tokenizer, splitter: Splitter, workers: int
+) -> None:
+    """Write one source's arrays, committing its progress as it goes, and its manifest last."""
+    progress, manifest = folder / "progress.json", folder / "manifest.json"
+    if manifest.exists():
+        done = read_json(manifest)
+        _same(folder, {k: done.get(k) for k in recipe}, recipe)
+        progress.unlink(missing_ok=True)
+        print(f"{folder.name}: already prepared, {_summary(done['splits'])}")
+        return
+    state = read_json(progress) if progress.exists() else dict(recipe, read=0, splits=None)
+    _same(folder, {k: state[k] for k in recipe}, recipe)
+    if state["read"]:
+        print(f"{folder.name}: going on after {state['read']:,} documents")
+
+    skipped: Counter[str] = Counter()
+    parts = _Counted(splitter.parts(_noting_cuts(source.read(skipped), skipped)))
+    writer = token_store.Writer(str(folder), "uint16" if tok.vocab <= 1 << 16 else "uint32", state["splits"])
+    with _Meter(folder.name, source.size) as meter:
+        for _ in itertools.islice(parts, state["read"]):
+            pass
+        for read, encoded in _encoded(_batches(parts), tok, workers):
+            for split, tokens, lengths, sizes in encoded:
+                writer.append(split, tokens, lengths, sizes)
+                meter.advance(len(tokens), int(sizes.sum()))
+            if writer.waiting >= COMMIT:
+                write_json(progress, dict(recipe, read=read, splits=writer.commit()))
+    splits = writer.commit()
+    if not splits["train"]["documents"]:
+        raise Mistake(f"{folder.name}: {recipe['source']} leaves nothing to train on ({dict(skipped) or 'it is empty'})")
+    if splitter.validation and not splits["validation"]["documents"]:
+        print(f"{folder.name}: no document fell into the validation split; with so few, split='tail' holds out a part of each")
+    cut = skipped.pop("cut", 0)
+    outcome = dict(vocab=tok.vocab, licence=source.licence, splits=splits, cut=cut, skipped=dict(sorted(skipped.items())))
+    write_json(manifest, recipe | outcome)
+    progress.unlink(missing_ok=True)
+    print(f"{folder.name}: {_summary(splits)}, {meter.rate:,.0f} tokens/s" + (f", skipped {dict(skipped)}" if skipped else ""))
