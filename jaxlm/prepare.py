@@ -1,42 +1,36 @@
-"""Turn sources of text into a token store: documents are read, split, encoded in parallel and appended, in bounded memory.
+"""Turn sources of text into a token store: read, split, encode in parallel and append, in bounded memory.
 
     jaxlm prepare --config=configs/quickstart.py --config.data.store=data/python_docs
 
-Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so. Read `prepare` first.
+Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so.
+Read `prepare` first.
 """
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Mapping
 import inspect
 import itertools
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import threading
 import time
 from typing import Any
 
 from etils import epath
-import numpy as np
-import rich.progress
+import rich.console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from jaxlm import config
 from jaxlm.data import sources as source_kinds
 from jaxlm.data import store as token_store
 from jaxlm.data import tokenizers
+from jaxlm.data.encode import dtype, encode
 from jaxlm.data.sources import Source
 from jaxlm.data.splits import Splitter
 from jaxlm.data.store import read_json, write_json
-from jaxlm.lookup import Mistake
+from jaxlm.lookup import Mistake, spend
 
-COMMIT = 4 << 20  # tokens between two commits: what a kill can cost, and what is held in memory
-BATCH = 1 << 18  # characters that a worker encodes at a time
+COMMIT = 4 << 20  # tokens between two commits: what is held in memory, and what a kill can cost
 FORMAT = 1  # of the store; a change here asks for a new one
-
-Encoded = tuple[str, np.ndarray, np.ndarray, np.ndarray]  # split, tokens, their number and the UTF-8 bytes of each document
 
 
 def prepare(
@@ -52,10 +46,10 @@ def prepare(
 ) -> token_store.Store:
     """Make the token store at `store` from `sources` (name -> spec), or finish it, and open it.
 
-    `tokenizer` is a kind with its training options, or with the `path` of one to load; it is trained on the training split of
-    all sources. `split` says what is held out for validation: whole documents, or the tail of each (`jaxlm.data.splits`).
-    The store is the same for every number of `workers` (processes; by default one for each core). Raises `Mistake` when the
-    store was made from something else, unless it may `overwrite` it.
+    `tokenizer` is a kind with its training options, or with the `path` of one to load; it is trained on the training
+    split of all sources. `split` says what is held out for validation: whole documents ("document"), or the "tail" of
+    each (`jaxlm.data.splits`). The store is the same for every number of `workers` (processes; one for each core).
+    Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
     """
     splitter = Splitter(split, validation, split_seed)
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
@@ -82,7 +76,11 @@ def _checked_name(name: str) -> str:
 
 
 def _tokenizer(
-    folder: epath.Path, spec: dict[str, Any], sources: Mapping[str, Source], recipes: Mapping[str, dict], splitter: Splitter
+    folder: epath.Path,
+    spec: dict[str, Any],
+    sources: Mapping[str, Source],
+    recipes: Mapping[str, dict],
+    splitter: Splitter,
 ) -> tokenizers.Tokenizer:
     """The store's tokenizer: loaded, or trained on the training split of all sources and saved."""
     recipe = dict(tokenizer=spec, sources=recipes)
@@ -98,7 +96,8 @@ def _tokenizer(
     else:
         texts = (train for source in sources.values() for train, _ in splitter.parts(source.read()) if train)
         if (first := next(texts, None)) is None:
-            raise Mistake(f"there is no text to train a tokenizer on in {', '.join(r['source'] for r in recipes.values())}")
+            specs = ", ".join(recipe["source"] for recipe in recipes.values())
+            raise Mistake(f"there is no text to train a tokenizer on in {specs}")
         begun = time.perf_counter()
         tok = tokenizers.train(itertools.chain([first], texts), spec)
         print(f"tokenizer: {spec['kind']} with {tok.vocab:,} tokens, trained in {time.perf_counter() - begun:.1f} s")
@@ -111,13 +110,17 @@ def _same(where: epath.Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
     """Raise `Mistake` when what is at `where` was made otherwise than is asked for now."""
     changed = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in {**was, **now} if was.get(k) != now.get(k)]
     if changed:
-        raise Mistake(
-            f"{where} was made differently ({'; '.join(changed)}); choose another config.data.store, or make it anew with --overwrite"
-        )
+        remedy = "choose another config.data.store, or make it anew with --overwrite"
+        raise Mistake(f"{where} was made differently ({'; '.join(changed)}); {remedy}")
 
 
 def _prepare_source(
-    folder: epath.Path, source: Source, recipe: dict[str, Any], tok: tokenizers.Tokenizer, splitter: Splitter, workers: int
+    folder: epath.Path,
+    source: Source,
+    recipe: dict[str, Any],
+    tok: tokenizers.Tokenizer,
+    splitter: Splitter,
+    workers: int,
 ) -> None:
     """Write one source's arrays, committing its progress as it goes, and its manifest last."""
     progress, manifest = folder / "progress.json", folder / "manifest.json"
@@ -125,32 +128,84 @@ def _prepare_source(
         done = read_json(manifest)
         _same(folder, {k: done.get(k) for k in recipe}, recipe)
         progress.unlink(missing_ok=True)
-        print(f"{folder.name}: already prepared, {_summary(done['splits'])}")
+        print(f"{folder.name}: already prepared, {_summary(done)}")
         return
     state = read_json(progress) if progress.exists() else dict(recipe, read=0, splits=None)
     _same(folder, {k: state[k] for k in recipe}, recipe)
     if state["read"]:
         print(f"{folder.name}: going on after {state['read']:,} documents")
 
-    skipped: Counter[str] = Counter()
-    parts = _Counted(splitter.parts(_noting_cuts(source.read(skipped), skipped)))
-    writer = token_store.Writer(str(folder), "uint16" if tok.vocab <= 1 << 16 else "uint32", state["splits"])
-    with _Meter(folder.name, source.size) as meter:
-        for _ in itertools.islice(parts, state["read"]):
-            pass
-        for read, encoded in _encoded(_batches(parts), tok, workers):
-            for split, tokens, lengths, sizes in encoded:
-                writer.append(split, tokens, lengths, sizes)
-                meter.advance(len(tokens), int(sizes.sum()))
+    tally: Counter[str] = Counter()
+    texts = itertools.islice(splitter.parts(source.read(tally)), state["read"], None)
+    writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
+    with _Meter(folder.name, source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
+        for read, parts in encode(texts, tok, workers, state["read"]):
+            for part in parts:
+                writer.append(*part)
+                meter.advance(len(part.tokens), int(part.sizes.sum()))
             if writer.waiting >= COMMIT:
                 write_json(progress, dict(recipe, read=read, splits=writer.commit()))
     splits = writer.commit()
     if not splits["train"]["documents"]:
-        raise Mistake(f"{folder.name}: {recipe['source']} leaves nothing to train on ({dict(skipped) or 'it is empty'})")
+        raise Mistake(f"{folder.name}: {recipe['source']} leaves nothing to train on (left out: {dict(tally)})")
     if splitter.validation and not splits["validation"]["documents"]:
-        print(f"{folder.name}: no document fell into the validation split; with so few, split='tail' holds out a part of each")
-    cut = skipped.pop("cut", 0)
-    outcome = dict(vocab=tok.vocab, licence=source.licence, splits=splits, cut=cut, skipped=dict(sorted(skipped.items())))
+        print(f"{folder.name}: no document fell into validation; with so few, split='tail' holds out a part of each")
+    cut, skipped = tally.pop("cut", 0), {fault: count for fault, count in sorted(tally.items()) if count}
+    outcome = dict(vocab=tok.vocab, licence=source.licence, splits=splits, cut=cut, skipped=skipped)
     write_json(manifest, recipe | outcome)
     progress.unlink(missing_ok=True)
-    print(f"{folder.name}: {_summary(splits)}, {meter.rate:,.0f} tokens/s" + (f", skipped {dict(skipped)}" if skipped else ""))
+    print(f"{folder.name}: {_summary(outcome)}, {meter.rate:,.0f} tokens/s")
+
+
+def _summary(manifest: Mapping[str, Any]) -> str:
+    splits = [
+        f"{split} {size['documents']:,} documents, {size['tokens']:,} tokens, {size['bytes'] / 1e6:,.2f} MB"
+        for split, size in manifest["splits"].items()
+    ]
+    skipped = [f"left out: {count:,} ({fault})" for fault, count in manifest["skipped"].items()]
+    return "; ".join(splits + skipped)
+
+
+class _Meter:
+    """A bar with tokens/s; a plain line every ten seconds where there is no terminal."""
+
+    def __init__(self, name: str, size: int | None, done: int):
+        self._name, self._tokens, self._begun, self._said = name, 0, time.perf_counter(), time.perf_counter()
+        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        console = rich.console.Console()
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(name, total=size, completed=done)
+
+    def __enter__(self) -> "_Meter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, reading included."""
+        return self._tokens / (time.perf_counter() - self._begun)
+
+    def advance(self, tokens: int, size: int) -> None:
+        self._tokens += tokens
+        line = f"{self._name}: {self._tokens:,} tokens, {self.rate:,.0f} tokens/s"
+        self._bar.update(self._task, advance=size, description=line)
+        if self._bar.disable and time.perf_counter() - self._said > 10:
+            self._said = time.perf_counter()
+            print(line, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """Prepare the store of a config, by the keys of `config.data` that `prepare` takes; the others are training's."""
+    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0)
+    takes = inspect.signature(prepare).parameters.keys() - {"overwrite"}
+    section = {name: value for name, value in args.config.data.to_dict().items() if name in takes}
+    if args.workers:
+        section["workers"] = args.workers
+    spend("config.data", prepare, section, overwrite=args.overwrite)
+
+
+if __name__ == "__main__":
+    config.run("prepare", main)

@@ -1,7 +1,9 @@
-"""Files by pattern, opened as they come: local or remote, plain, .gz or .zst.
+"""Files by pattern, opened as they come: plain, .gz or .zst.
 
     names = match("shards/**/*.jsonl.zst")      sorted; a Mistake when there is none
     with open(names[0]) as lines: ...           decompressed; a Mistake when the file is damaged or cut short
+
+A path may be local, gs:// or s3://.
 """
 
 from collections.abc import Iterator
@@ -9,7 +11,6 @@ from contextlib import contextmanager
 import difflib
 import hashlib
 import io
-from typing import BinaryIO
 
 from etils import epath
 import pyarrow as pa
@@ -54,12 +55,12 @@ def plain_size(names: list[epath.Path]) -> int | None:
 
 
 @contextmanager
-def open(name: epath.Path) -> Iterator[BinaryIO]:
+def open(name: epath.Path) -> Iterator[io.BufferedReader]:
     """Open a file for reading, decompressed by its suffix; raises `Mistake` when it is damaged or ends too early."""
     compression = COMPRESSION.get(name.suffix)
     with name.open("rb") as raw:
         if compression is None:
-            yield raw
+            yield raw  # type: ignore[misc]
             return
         try:
             with pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression) as stream:

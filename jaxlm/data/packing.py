@@ -45,9 +45,9 @@ class Plan:
 
 
 def split(offsets: np.ndarray, length: int) -> Plan:
-    """Concatenate all documents and split the stream into rows of `length` tokens; row i starts at token i (length - 1).
+    """Concatenate all documents and split the stream into rows of `length`; row i starts at token i (length - 1).
 
-    `offsets` is int64[documents + 1], `length` at least 2. Only the last row is padded; documents are cut where a row ends.
+    `offsets` is int64[documents + 1], `length` at least 2. Documents are cut where rows end; the last row is padded.
     """
     step, total = length - 1, int(offsets[-1])
     rows = np.arange(-(-(total - 1) // step) if total > 1 else 0)
@@ -63,7 +63,7 @@ def split(offsets: np.ndarray, length: int) -> Plan:
 
 
 def best_fit(offsets: np.ndarray, length: int, documents: np.ndarray | None = None) -> Plan:
-    """Cut only documents longer than a row; then each piece, the longest first, goes to the row with the least room for it.
+    """Cut only documents longer than a row; each piece, the longest first, goes to the row with the least room for it.
 
     Best-fit-decreasing as in arXiv:2404.10830. `offsets` is int64[documents + 1], `length` at least 2, `documents` the
     indices of those to pack (all). Documents of fewer than two tokens predict nothing and are left out.
@@ -85,8 +85,8 @@ def best_fit(offsets: np.ndarray, length: int, documents: np.ndarray | None = No
 def _best_fit_decreasing(lengths: np.ndarray, length: int) -> tuple[np.ndarray, int]:
     """The row of each piece, int32[pieces], and the number of rows.
 
-    Pieces of one size are alike, and so are rows with the same room: whole groups of them are matched at a time. A group
-    that takes pieces keeps less than half its room, so there are O(length log length) matches, however many pieces.
+    Pieces of one size are alike, and so are rows with the same room: whole groups of them are matched at a time. A
+    group that takes pieces keeps less than half its room, so there are O(length log length) matches in all.
     """
     by_size = np.argsort((length - lengths).astype(np.min_scalar_type(length)), kind="stable")  # 16 bits: a radix sort
     row = np.empty(len(lengths), np.int32)

@@ -71,8 +71,8 @@ def train(
 ) -> grain.MapDataset[Row]:
     """The endless stream of training rows: element i is a pure function of (seed, i).
 
-    Each source goes through its rows epoch after epoch, in a new order each time. `weights` are the sources' shares of all
-    rows (to within 1 %), from the first rows on and in any stretch; without them, the share of a source is its size.
+    Each source goes through its rows epoch after epoch, in a new order each time. `weights` are the sources' shares of
+    all rows (to within 1 %), from the first rows on and in any stretch; without them, each has the share of its size.
     Raises `Mistake` for a source that the store does not hold, weights without a positive one, a length below 2, or a
     source in which there is nothing to predict.
     """
@@ -87,7 +87,7 @@ def train(
 
 
 def validation(store: Store, source: str, *, length: int, documents: int | None = None) -> Rows:
-    """All held-out documents, whole: each token but a document's first is predicted exactly once, and `bytes` are exact.
+    """All held-out documents, whole: each token but a document's first is predicted exactly once; `bytes` are exact.
 
     With `documents`, only that many of them, evenly spaced over the split. Raises `Mistake` as `train` does.
     """
@@ -112,9 +112,9 @@ def batches(
 ) -> Iterator[Row]:
     """Stack consecutive rows on a new first axis: the batch of step s is rows s * batch to (s + 1) * batch.
 
-    A host that needs only some rows of each batch names them, as ranges [start, stop) within the batch. The last batch of
-    a finite data set is filled up with zeros. `features` turns a row into what the model takes; `threads` read ahead, two
-    batches each.
+    A host that needs only some rows of each batch names them, as ranges [start, stop) within the batch. The last batch
+    of a finite data set is filled up with zeros. `features` turns a row into what the model takes; `threads` read
+    ahead, two batches each.
     """
     if not isinstance(dataset, grain.MapDataset):
         dataset = grain.MapDataset.source(dataset)
@@ -147,7 +147,7 @@ class _Wanted(grain.transforms.DatasetSelectionMap):
 
 
 def _positive(store: Store, weights: Mapping[str, float]) -> list[str]:
-    """The sources with a positive weight."""
+    """The sources with a positive weight, in an order that does not depend on how the config was written."""
     for source, weight in weights.items():
         if source not in store.sources:
             raise miss(f"store {store.path}", source, store.sources)
@@ -155,7 +155,7 @@ def _positive(store: Store, weights: Mapping[str, float]) -> list[str]:
             raise Mistake(f"data.weights: {source} has {weight}; a weight is a number from 0 up")
     if not any(weights.values()):
         raise Mistake(f"data.weights {dict(weights)} has no positive weight; sources: {', '.join(store.sources)}")
-    return [source for source, weight in weights.items() if weight]
+    return sorted(source for source, weight in weights.items() if weight)
 
 
 def _plan(pack: Callable[..., Plan], store: Store, source: str, split: Split, length: int) -> Plan:

@@ -3,11 +3,13 @@
     STORE/tokenizer/                     the one tokenizer of all sources (jaxlm.data.tokenizers)
     STORE/docs/manifest.json             written last: a source without it is not finished, and never read
     STORE/docs/train/tokens   uint16     [ 2  71  12   9   3   2  40   3 ]    bos a b c eos bos d eos
-    STORE/docs/train/offsets  int64      [ 0                   5           8 ]    document i is tokens[offsets[i]:offsets[i + 1]]
-    STORE/docs/train/bytes    int64      [ 3                   1 ]    UTF-8 bytes of each text: what bits per byte divides by
+    STORE/docs/train/offsets  int64      [ 0                   5           8 ]    document i: from offsets[i] to [i + 1]
+    STORE/docs/train/bytes    int64      [ 3                   1 ]                UTF-8 bytes of each document's text
 
     docs = open("data/python_docs").split("docs", "validation")
     docs.document(0), docs.read(100, 1124)                            int32 token ids
+
+Read `open` and `Split` to use a store, `Writer` to see how one is made.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxlm.data import tokenizers
-from jaxlm.lookup import Mistake, key, miss
+from jaxlm.lookup import Mistake, key
 
 SPLITS = ("train", "validation")
 # A shard is a file, a chunk is what one read decodes (bytes before compression): few files for large corpora, and yet
@@ -79,7 +81,7 @@ class Store:
         return sorted(self._manifests)
 
     def manifest(self, source: str) -> dict[str, Any]:
-        """What the source was made from and what came out; raises `Mistake` for a source that the store does not hold."""
+        """What the source was made from and what came out; raises `Mistake` for one that the store does not hold."""
         return key(f"store {self.path}", source, self._manifests)
 
     def split(self, source: str, split: str) -> Split:
@@ -130,8 +132,9 @@ def write_json(path: epath.PathLike, content: Mapping[str, Any]) -> None:
 class Writer:
     """Appends documents to the splits of one source in bounded memory; what `commit` has returned for survives kill -9.
 
-    Nothing is ever taken back: a writer that resumes from the sizes of the last commit is given the same documents again, and
-    writes the same values over what a killed one left behind them. So the bytes on disk are those of an uninterrupted run.
+    Nothing is ever taken back: a writer that resumes from the sizes of the last commit is given the same documents
+    again, and writes the same values over what a killed one left behind. So the bytes on disk are those of an
+    uninterrupted run.
     """
 
     def __init__(self, path: str, dtype: str, sizes: Mapping[str, Mapping[str, int]] | None = None):
@@ -186,7 +189,7 @@ class _Column:
 
 
 def _layout(itemsize: int) -> dict[str, Any]:
-    """Zarr metadata: shards of SHARD bytes, read in chunks of CHUNK bytes (compressed, with a checksum against silent damage)."""
+    """Zarr metadata: shards of SHARD bytes, read in compressed chunks of CHUNK bytes with a checksum against damage."""
     little_endian, checksum = dict(name="bytes", configuration=dict(endian="little")), dict(name="crc32c")
     zstd = dict(name="zstd", configuration=dict(level=1))
     inner = dict(
@@ -207,7 +210,7 @@ def _context() -> ts.Context:
 
 
 def _open(path: str, **how: Any) -> ts.TensorStore:
-    """Open a zarr3 array: to read, or as `how` says. What a store holds does not change, so cached chunks are not checked again."""
+    """Open a zarr3 array: to read, or as `how` says. Stores do not change, so cached chunks are not checked again."""
     kvstore = f"{path}/" if "://" in path else dict(driver="file", path=f"{epath.Path(path).resolve()}/")
     spec = dict(driver="zarr3", kvstore=kvstore, recheck_cached_data="open")
     if metadata := how.pop("metadata", None):

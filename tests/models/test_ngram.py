@@ -160,9 +160,14 @@ class Memory:
 def test_baselines_divide_the_nats_of_all_held_out_documents_by_their_bytes():
     splits = {"train": Memory(corpus()), "validation": Memory(corpus(9, seed=1))}
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(chr(97 + i) for i in ids))
-    store = SimpleNamespace(split=lambda source, split: splits[split], vocab=VOCAB, tokenizer=lambda: tokenizer)
+    store = SimpleNamespace(
+        path="memory", split=lambda source, split: splits[split], vocab=VOCAB, tokenizer=lambda: tokenizer
+    )
     found = ngram.baselines(store, "walks", orders=[2])
     nats = ngram.fit(corpus(), 2, VOCAB)
     bits = sum(nats.nll(d).sum() for d in corpus(9, seed=1)) / math.log(2)
     assert found["2-gram"] == pytest.approx(bits / splits["validation"].bytes.sum())
     assert set(found) == {"2-gram", "xz"}
+    splits["validation"].bytes[:] = 0
+    with pytest.raises(Mistake, match="'walks' of store memory has no validation text"):
+        ngram.baselines(store, "walks")

@@ -6,8 +6,8 @@
     tfds:lm1b:train?data_dir=/data             TensorFlow Datasets, without TensorFlow
     python-docs:    python-source:             what ships with every Python
 
-Every kind takes `on_error=raise|skip`: what is done with text that cannot be read. The options begin at the last "?" that a
-`name=` follows, so that "?" and every other sign may stand in a path; values are taken as they are, without escapes.
+Every kind takes `on_error=raise|skip`: what is done with text that cannot be read. The options begin at the last "?"
+that a `name=` follows, so that "?" and every other sign may stand in a path; values are taken as they are, unescaped.
 """
 
 from collections import Counter
@@ -52,24 +52,28 @@ class Source:
     licence: str | None = None
     on_error: str = "raise"
 
-    def read(self, skipped: Counter[str] | None = None) -> Iterator[Document]:
-        """Yield the documents; raises `Mistake` at text that cannot be read, or counts it in `skipped` under on_error=skip."""
-        skipped = Counter() if skipped is None else skipped
+    def read(self, tally: Counter[str] | None = None) -> Iterator[Document]:
+        """Yield the documents; raises `Mistake` at text that cannot be read, unless on_error=skip.
+
+        `tally` counts what was left out, by the kind of fault, and under "cut" the documents that came in pieces.
+        """
+        tally = Counter() if tally is None else tally
 
         def report(fault: Fault) -> None:
             if self.on_error == "raise":
                 raise Mistake(f"{fault.message} (on_error=skip leaves such out and counts them)")
-            skipped[fault.kind] += 1
+            tally[fault.kind] += 1
 
         for document in self.documents(report):
+            tally["cut"] += document.start == 0 and len(document.text) < document.total
             if document.total:
                 yield document
             else:
-                skipped["empty"] += 1
+                tally["empty"] += 1
 
 
 def find(spec: str) -> Source:
-    """The source that a spec names; raises `Mistake` for an unknown kind or option, and for files that are not there."""
+    """The source that a spec names; raises `Mistake` for an unknown kind or option, and for missing files."""
     kind, colon, rest = spec.partition(":")
     if not colon:
         kinds = ", ".join(f"{name.replace('_', '-')}:" for name in lookup.names(__name__))
@@ -108,7 +112,7 @@ def field(record: Mapping[str, object], name: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as e:  # JSON can spell half a character
-        raise Fault("invalid UTF-8", f"{where}: the field {name!r} is not valid Unicode at character {e.start}") from None
+        raise Fault("invalid UTF-8", f"{where}: not valid Unicode at character {e.start} of {name!r}") from None
     return text
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+import itertools
 
 from etils import epath
 import pyarrow as pa
@@ -30,9 +31,9 @@ def _rows(name: epath.Path, field: str) -> Iterator[tuple[str, Mapping[str, obje
     try:
         with name.open("rb") as raw, pq.ParquetFile(raw) as file:
             lookup.key(f"{name}: the schema", field, {column: None for column in file.schema_arrow.names})
-            number = 0
-            for batch in file.iter_batches(batch_size=ROWS, columns=[field]):
-                for number, value in enumerate(batch.column(0).to_pylist(), number + 1):
-                    yield f"{name}, row {number}", {field: value}
+            batches = file.iter_batches(batch_size=ROWS, columns=[field])
+            values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for number, value in enumerate(values, 1):
+                yield f"{name}, row {number}", {field: value}
     except (pa.ArrowInvalid, OSError) as e:
         raise Mistake(f"{name}: damaged, or not a Parquet file: {e}") from e

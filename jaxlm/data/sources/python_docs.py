@@ -1,7 +1,7 @@
-"""English that ships with every Python: `python-docs:`, the language's help topics and the library's docstrings, 2.3 MB.
+"""English that ships with every Python: `python-docs:`, the language's help topics and its library's docstrings.
 
-A topic is a document, and so are all docstrings of one module together, in the order of the code: held-out documents are then
-modules that training never saw, and not methods whose siblings it did.
+It is 2.3 MB. A topic is a document, and so are all docstrings of one module together, in the order of the code:
+held-out documents are then modules that training never saw, and not methods whose siblings it did.
 """
 
 import ast
@@ -11,6 +11,8 @@ from pathlib import Path
 import warnings
 
 from jaxlm.data.sources import Document, Report, Source, pieces, python_source
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def source(path: str = "") -> Source:
@@ -40,7 +42,7 @@ def _parse(name: Path) -> ast.AST:
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
     """The docstrings of a module, its classes and functions, top down, without their indentation."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
+    if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
         yield text
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.stmt, ast.excepthandler)):

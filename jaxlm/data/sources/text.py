@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import BinaryIO
+import io
 
 from etils import epath
 
@@ -12,7 +12,7 @@ from jaxlm.data.sources import PIECE, Document, Fault, Report, Source, pieces
 
 
 def source(path: str, *, documents: str = "file") -> Source:
-    """Files of UTF-8 text. Line ends inside a document are kept as they are; those that end a line or paragraph are not part of it."""
+    """Files of UTF-8 text. Line ends inside a document stay as they are; the one that ends a line or paragraph goes."""
     read = lookup.key("text: documents", documents, dict(file=_by_file, line=_by_line, blank=_by_paragraph))
     names = files.match(path)
     return Source(partial(read, names), files.inputs(names), files.plain_size(names))
@@ -20,16 +20,16 @@ def source(path: str, *, documents: str = "file") -> Source:
 
 def _by_file(names: list[epath.Path], report: Report) -> Iterator[Document]:
     for name in names:
-        text, lengths = "", []
+        last, total, blocks = "", 0, 0
         try:
-            for text in _texts(name):  # once for the length and for faults: a file is taken whole or not at all
-                lengths.append(len(text))
+            for last in _texts(name):  # once for the length and for faults: a file is taken whole or not at all
+                total, blocks = total + len(last), blocks + 1
         except Fault as fault:
             report(fault)
             continue
         start = 0
-        for text in [text] if len(lengths) <= 1 else _texts(name):
-            yield Document(text, start, sum(lengths))
+        for text in _texts(name) if blocks > 1 else [last]:
+            yield Document(text, start, total)
             start += len(text)
 
 
@@ -81,13 +81,13 @@ def _texts(name: epath.Path) -> Iterator[str]:
             number += block.count(b"\n")
 
 
-def _block(stream: BinaryIO) -> bytes:
+def _block(stream: io.BufferedReader) -> bytes:
     """About PIECE bytes that end with a line, or at least with a whole character."""
     block = stream.read(PIECE)
     if len(block) == PIECE and not block.endswith(b"\n"):
         block += stream.readline(PIECE)
         for _ in range(3):  # a character has at most three bytes after its first
-            if not block.endswith(b"\n") and (stream.peek(1)[:1] or b"\0")[0] & 0xC0 == 0x80:  # type: ignore[attr-defined]
+            if not block.endswith(b"\n") and stream.peek(1)[:1].hex()[:1] in ("8", "9", "a", "b"):  # a later byte
                 block += stream.read(1)
     return block
 
@@ -99,5 +99,6 @@ def decode(data: bytes, name: epath.Path, number: int) -> str:
     except UnicodeDecodeError as e:
         before = data[: e.start]
         line, byte = number + before.count(b"\n"), e.start - before.rfind(b"\n")
-        raise Fault("invalid UTF-8", f"{name}, line {line}, byte {byte} of the line: not valid UTF-8 ({e.reason})") from None
+        where = f"{name}, line {line}, byte {byte} of the line"
+        raise Fault("invalid UTF-8", f"{where}: not valid UTF-8 ({e.reason})") from None
     return text.removeprefix("\ufeff") if number == 1 else text  # the mark of an encoding is not text

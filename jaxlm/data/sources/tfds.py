@@ -1,11 +1,13 @@
-"""TensorFlow Datasets without TensorFlow: `tfds:NAME/CONFIG:SPLIT?field=text&data_dir=DIR`, for data sets in ArrayRecord files.
+"""TensorFlow Datasets: `tfds:NAME/CONFIG:SPLIT?field=text&data_dir=DIR`.
 
     tfds:wiki40b/en:train            tfds:my_corpus:train[:10%]?field=body&data_dir=/data
+
+TensorFlow is not needed; the data set is in ArrayRecord files.
 """
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from jaxlm.data.sources import Document, Report, Source, records
 from jaxlm.lookup import Mistake
@@ -21,12 +23,14 @@ def source(path: str, *, field: str = "text", data_dir: str | None = None) -> So
     except ImportError as e:
         raise Mistake(f"the source tfds: needs the extra tfds: pip install 'jaxlm[tfds]' ({e})") from e
     try:
-        rows = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
+        rows = cast(Any, tfds.data_source(name, split=split, data_dir=data_dir, download=False))
     except Exception as e:  # of many kinds: unknown name, split, folder, file format
-        raise Mistake(f"tfds cannot open {name!r}, split {split!r}, in {data_dir or 'its default folder'}: {str(e).splitlines()[0]}") from e
+        where, why = data_dir or "its default folder", str(e).splitlines()[0]
+        raise Mistake(f"tfds cannot open {name!r}, split {split!r}, in {where}: {why}") from e
     if field not in rows[0]:
         raise Mistake(f"tfds:{path} has no field {field!r}; choose one with ?field=: {', '.join(rows[0])}")
-    return Source(partial(_documents, rows, path, field), dict(documents=len(rows), version=str(rows.dataset_info.version)))
+    inputs = dict(documents=len(rows), version=str(rows.dataset_info.version))
+    return Source(partial(_documents, rows, path, field), inputs)
 
 
 def _documents(rows: Any, path: str, field: str, report: Report) -> Iterator[Document]:

@@ -1,9 +1,11 @@
 """Tokenizers: one file a kind, each with `train(texts, ...)`, `load(path, ...)` and a `Tokenizer`.
 
     tok = train(texts, dict(kind="sentencepiece", algorithm="bpe", vocab=2048))
-    tok.encode("def f(x):")                        [5, 871, 29, ...]      the text only; bos and eos are the caller's to add
+    tok.encode("def f(x):")                        [5, 871, 29, ...]      the text only; the caller adds bos and eos
     tok.decode(tok.encode(text)) == text           to the last tab and newline, WordPiece excepted
     tok.save("store/tokenizer");  load("store/tokenizer");  load("gpt2/");  load("some.model")
+
+`Tokenizer` says what each of them offers.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,19 +19,28 @@ from jaxlm import lookup
 from jaxlm.data.cut import cut
 from jaxlm.lookup import Mistake
 
+# The module `bytes` of this folder takes that name here once it is imported, so nothing below may use the builtin.
+
 SPEC = "spec.json"  # beside a saved tokenizer's own files: which kind it is, and how to load it again
 
 
 class Tokenizer(Protocol):
     """What every tokenizer offers."""
 
-    vocab: int
-    bos: int | None
-    eos: int | None
-    pad: int | None
-    add_bos: bool  # whether a stored document begins with bos
-    add_eos: bool
-    fingerprint: str  # equal for tokenizers that give equal ids
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
+    @property
+    def pad(self) -> int | None: ...
+    @property
+    def add_bos(self) -> bool: ...  # whether a stored document begins with bos
+    @property
+    def add_eos(self) -> bool: ...
+    @property
+    def fingerprint(self) -> str: ...  # equal for tokenizers that give equal ids
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without specials."""
@@ -80,8 +91,8 @@ def train(texts: Iterable[str], spec: Mapping[str, Any]) -> Tokenizer:
 def sample(texts: Iterable[str], characters: int) -> list[str]:
     """A uniform sample of documents of about `characters` in all, in one pass and in bounded memory.
 
-    A document is kept while the hash of its text is below a threshold, which halves whenever too much is held. So the sample
-    depends on the texts alone, not on their order, and equal documents are all in or all out.
+    A document is kept while the hash of its text is below a threshold, which halves whenever too much is held. So which
+    ones are kept depends on the texts alone, not on their order, and equal documents are all in or all out.
     """
     held, size, threshold = [], 0, 1 << 64
     for text in texts:
@@ -103,13 +114,9 @@ def sentences(texts: Iterable[str], characters: int = 4000) -> Iterator[str]:
         yield from cut(text, characters)
 
 
-def fingerprint(*parts: bytes | str | int | bool | None) -> str:
+def fingerprint(*parts: object) -> str:
     """A short digest of everything that decides which ids a tokenizer gives."""
-    digest = hashlib.sha256()
-    for part in parts:
-        part = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(len(part).to_bytes(8) + part)
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def save(tokenizer: Tokenizer, folder: epath.PathLike, kind: str, files: Mapping[str, bytes], **load: Any) -> None:

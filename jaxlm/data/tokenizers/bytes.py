@@ -1,7 +1,4 @@
-"""UTF-8 bytes: ids 0-255 are the bytes, then pad 256, bos 257, eos 258. Nothing to train, nothing unknown.
-
-tok.encode("hé")        [104, 195, 169]
-"""
+"""UTF-8 bytes: ids 0-255 are the bytes, then pad 256, bos 257, eos 258; "hé" is [104, 195, 169]."""
 
 from collections.abc import Iterable
 
@@ -11,6 +8,8 @@ from jaxlm.data import tokenizers
 
 
 class Tokenizer:
+    """The same for every text."""
+
     vocab, pad, bos, eos = 259, 256, 257, 258
     add_bos = add_eos = True
     fingerprint = tokenizers.fingerprint("bytes", 1)

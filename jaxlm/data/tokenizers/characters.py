@@ -1,7 +1,9 @@
 """Characters: the sorted set of those in the training text, and no specials, so that tinyshakespeare has exactly 65.
 
-tok = train(["hello"])        vocab 4:  e 0, h 1, l 2, o 3
-tok.encode("hole")            [1, 3, 2, 0]
+    tok = train(["hello"])        vocab 4:  e 0, h 1, l 2, o 3
+    tok.encode("hole")            [1, 3, 2, 0]
+
+A document is its characters and nothing else: no bos, no eos.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,9 @@
 """Hugging Face `tokenizers`: load any tokenizer.json; train byte-level BPE (as GPT-2) or WordPiece (as BERT).
 
-    tok = load(Path("gpt2/"))                               its specials from tokenizer_config.json, or by their usual names
-    tok = train(texts, vocab=32_000)                        byte-level BPE: decode(encode(text)) == text
-    tok.encode("<|endoftext|>")                             the characters; a text cannot smuggle in a special
+    tok = load(Path("gpt2/"))                 bos, eos and pad from tokenizer_config.json, or by their usual names
+    tok = train(texts, vocab=32_000)          byte-level BPE: decode(encode(text)) == text
+
+A special's name inside a text is text: no document can smuggle in an end of text.
 """
 
 from collections import Counter
@@ -106,11 +107,11 @@ def train(
     sample: int = 50_000_000,
     min_frequency: int = 2,
 ) -> Tokenizer:
-    """Train byte-level BPE ("bpe") or "wordpiece" on a sample of about `sample` characters; `lowercase` is WordPiece's."""
+    """Train byte-level BPE ("bpe") or "wordpiece", perhaps in `lowercase`, on a sample of about `sample` characters."""
     build = key("tokenizer.algorithm", algorithm, dict(bpe=_byte_level_bpe, wordpiece=_wordpiece))
     tokenizer = build(list(tokenizers.sentences(tokenizers.sample(texts, sample))), vocab, min_frequency, lowercase)
     if tokenizer.vocab > vocab:
-        raise Mistake(f"tokenizer.vocab={vocab} is too small: {algorithm} needs {tokenizer.vocab} for its alphabet alone")
+        raise Mistake(f"tokenizer.vocab={vocab} is too small: {algorithm} needs {tokenizer.vocab} for its alphabet")
     return tokenizer
 
 
@@ -144,8 +145,8 @@ def _wordpiece(texts: list[str], vocab: int, min_frequency: int, lowercase: bool
         made.decoder = hf.decoders.WordPiece(prefix="##")
         return made
 
-    # The trainer numbers the characters inside words in the order of a hash table, another one in each run, and breaks ties
-    # by these numbers. Listed with the specials they have fixed ones; a second tokenizer then has the true specials only.
+    # The trainer numbers the characters inside words in the order of a hash table, another one in each run, and breaks
+    # ties by these numbers. Among the specials they have fixed ones; a second tokenizer has the true specials only.
     trainer = hf.trainers.WordPieceTrainer(
         vocab_size=vocab,
         min_frequency=min_frequency,

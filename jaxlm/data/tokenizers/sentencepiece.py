@@ -1,11 +1,14 @@
 """SentencePiece, unigram or BPE, with byte fallback and no normalisation: every text comes back as it was.
 
     tok = train(texts, vocab=2048, algorithm="bpe")        pad 0, unknown 1, bos 2, eos 3, 256 bytes, then pieces
-    tok.encode("for  x\\n")                                 ids of  "for", "▁▁", "x", "\\n"
+    tok.encode("for  x")                                   the ids of "for", "▁▁", "x"
+
+Loaded models keep the normalisation that they were trained with.
 """
 
 from collections.abc import Iterable
 import io
+import itertools
 
 from etils import epath
 import sentencepiece
@@ -37,7 +40,7 @@ class Tokenizer:
         return _restore, (self._model, self.add_bos, self.add_eos)
 
     def _literal_space(self) -> list[int] | None:
-        """The ids of the bytes of a literal "▁", which the model alone would take for a space; None where it cannot be told apart."""
+        """The bytes' ids of a literal "▁", which the model itself takes for a space; None where it has no bytes."""
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         prefixed = self._processor.encode("a", out_type=str)[0].startswith(SPACE)
         return ids if all(map(self._processor.is_byte, ids)) and not prefixed else None
@@ -46,7 +49,7 @@ class Tokenizer:
         if self._space is None or SPACE not in text:
             return self._processor.encode(text)
         first, *rest = (self._processor.encode(part) for part in text.split(SPACE))
-        return sum((self._space + ids for ids in rest), first)
+        return [*first, *itertools.chain.from_iterable(self._space + ids for ids in rest)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -80,7 +83,7 @@ def train(
     character_coverage: float = 0.9995,
     split_digits: bool = False,
 ) -> Tokenizer:
-    """Train on a sample of about `sample` characters; raises `Mistake` when the texts do not carry so large a vocabulary.
+    """Train on a sample of about `sample` characters; raises `Mistake` when the texts do not carry that many pieces.
 
     Characters outside the coverage are spelt in bytes. The result depends on the texts alone.
     """

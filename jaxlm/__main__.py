@@ -1,0 +1,33 @@
+"""jaxlm: pretrain, fine-tune, evaluate and serve Transformer language models in JAX, from one config.
+
+    jaxlm prepare  --config=FILE[:size]                   sources to a token store
+    jaxlm train    --config=FILE[:size] --workdir=DIR     the same command resumes
+    jaxlm evaluate --workdir=DIR [--data=SOURCE]          loss, perplexity, bits per byte
+    jaxlm generate --workdir=DIR [--prompt=TEXT]          samples, streamed
+    jaxlm report   DIR                                    report.html from a run's metrics
+
+Any key of the config is changed by --config.a.b=value. `jaxlm PROGRAM --help` tells more.
+"""
+
+import importlib
+import sys
+
+from jaxlm import config, lookup
+
+PROGRAMS = ("prepare", "train", "evaluate", "generate", "report")
+
+
+def main() -> None:
+    """The command `jaxlm`: hand the rest of the line to a program."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print((__doc__ or "").strip())
+        return
+    name = sys.argv[1]
+    if name not in PROGRAMS:
+        print(lookup.miss("jaxlm", name, PROGRAMS), file=sys.stderr)
+        sys.exit(2)
+    config.run(name, importlib.import_module(f"jaxlm.{name}").main, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Checkpoints by Orbax: asynchronous, the newest and the best kept, damage found out.
+
+    WORKDIR/checkpoints/STEP/params, opt, ...   the training state, a folder for each of its parts, whatever mesh it was on
+                             seal               a checksum of every array, taken on the devices; restoring must reproduce it
+
+A checkpoint that is incomplete, unreadable or does not match its seal is skipped with a warning, and the next older one is used.
+"""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import errno
+import logging
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from jaxlm import axes
+from jaxlm.lookup import Mistake
+
+log = logging.getLogger("jaxlm")
+
+
+class DiskFull(Mistake):
+    """A save that did not fit; what was saved before is untouched."""
+
+
+@jax.jit
+def _sum_bits(x: jax.Array) -> jax.Array:
+    """A uint32 sum over an array's bits, each element weighted by its place: the same however the array is split."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def seal(state: Any) -> dict[str, int]:
+    """A checksum of every array in a tree, by path."""
+    sums = jax.tree_util.tree_map_with_path(lambda path, x: (jax.tree_util.keystr(path), _sum_bits(x)), state)
+    pairs = jax.tree.leaves(sums, is_leaf=lambda x: isinstance(x, tuple))
+    return {path: int(value) for path, value in jax.device_get(pairs)}
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Use as a context: leaving it waits for the save under way."""
+
+    def __init__(self, workdir: str, *, newest: int = 2, best: int = 1, metric: str = "loss", mode: str = "min"):
+        if newest < 1 or mode not in ("min", "max"):
+            raise Mistake(f"config.checkpoint: newest={newest} must be at least 1, and mode={mode!r} one of min, max")
+        worst = float("inf") if mode == "min" else float("-inf")
+        self._score = lambda metrics: metrics.get(metric, worst) if metrics else worst
+        self._better = min if mode == "min" else max
+        policies: list[Any] = [keep.LatestN(newest)]
+        if best:
+            policies.append(keep.BestN(get_metric_fn=self._score, reverse=mode == "min", n=best, keep_checkpoints_without_metrics=False))
+        self._manager = ocp.CheckpointManager(
+            epath.Path(workdir).resolve() / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True, enable_async_checkpointing=True
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            self.wait()
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps that were saved completely, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Copy the state off the devices and write it in the background. Raises `DiskFull` when it, or the save before it, did not fit."""
+        with _explain_full_disk():
+            self._manager.check_for_errors()
+            parts = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
+            items = ocp.args.Composite(**parts, seal=ocp.args.JsonSave(seal(state)))
+            self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None, force=True)
+
+    def wait(self) -> None:
+        """Return when everything is on disk. Raises `DiskFull` when it did not fit."""
+        with _explain_full_disk():
+            self._manager.wait_until_finished()
+
+    def restore(self, shapes: Mapping[str, Any], steps: Sequence[int] | None = None) -> tuple[int, Any] | None:
+        """The newest good state, placed as `shapes` (with shardings) says, and its step; None where there is none.
+
+        `shapes` may name some parts of the state only. Raises `Mistake` when checkpoints exist (of `steps`, if given) and every
+        one is damaged or of another model.
+        """
+        reasons = []
+        for step in reversed(self.steps()) if steps is None else steps:
+            try:
+                return step, self._read(step, shapes)
+            except Exception as e:
+                reasons.append(f"step {step}: {_first_line(e)}")
+                log.warning("checkpoint of step %d is damaged and is skipped (%s)", step, _first_line(e))
+        if reasons:
+            raise Mistake("no checkpoint can be used; move the folder `checkpoints` away to start afresh. " + "; ".join(reasons))
+        return None
+
+    def _read(self, step: int, shapes: Mapping[str, Any]) -> Any:
+        parts = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**parts, seal=ocp.args.JsonRestore()))
+        state = {name: found[name] for name in shapes}
+        differs = [path for path, value in seal(state).items() if found["seal"].get(path) != value]
+        if differs:
+            raise ValueError(f"{len(differs)} arrays are not what was saved, the first: {differs[0]}")
+        return state
+
+    def parts(self, step: int) -> set[str]:
+        """Which parts of the state a checkpoint holds: params, opt, ... and ema where a moving average was kept."""
+        return {p.name for p in (epath.Path(self._manager.directory) / str(step)).iterdir() if p.is_dir()}
+
+    def best(self) -> int | None:
+        """The step with the best metric among those saved with one."""
+        scores = {step: self._score(self._manager.metrics(step)) for step in self.steps() if self._manager.metrics(step)}
+        return self._better(scores, key=scores.__getitem__) if scores else None
+
+
+def restore_params(
+    workdir: str, shapes: Any, *, step: str | int = "newest", mesh: Mesh | None = None, rules: Mapping[str, Any] = axes.RULES
+) -> tuple[int, Any]:
+    """The parameters alone (their moving average where one was kept), for evaluation and serving: (step, tree).
+
+    `shapes` is the Blueprint's; `step` is newest, best or a number. Raises `Mistake` when there is no such checkpoint.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise Mistake(f"{workdir} has no finished checkpoint")
+        if step == "best":
+            steps = [checkpoints.best() or steps[-1]]
+        elif step != "newest":
+            if not str(step).isdigit() or int(step) not in steps:
+                raise Mistake(f"{workdir} has no checkpoint {step!r}; choices: newest, best, {', '.join(map(str, steps))}")
+            steps = [int(step)]
+        mesh = mesh or axes.mesh(devices=jax.local_devices()[:1])
+        part = "ema" if "ema" in checkpoints.parts(steps[-1]) else "params"
+        placed = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, axes.shardings(shapes, mesh, rules)
+        )
+        number, state = checkpoints.restore({part: placed}, steps[::-1]) or (0, {})
+        return number, state[part]
+
+
+@contextlib.contextmanager
+def _explain_full_disk():
+    try:
+        yield
+    except Exception as e:
+        text = " ".join(str(x) for x in (e, e.__cause__, e.__context__))
+        if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in text or "RESOURCE_EXHAUSTED" in text or "ENOSPC" in text:
+            raise DiskFull("the disk is full: the last checkpoint was not saved; the ones before it are intact. Free some space and run the same command again") from e
+        raise
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {e}".splitlines()[0][:200]

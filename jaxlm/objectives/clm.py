@@ -1,0 +1,36 @@
+"""Causal language modelling: predict each token from the ones before it in its document.
+
+    row                tokens    [1 5 6 2 1 7 2 0 0]     features   tokens    [1 5 6 2 1 7 2 0]
+                       segments  [1 1 1 1 2 2 2 0 0]                labels    [5 6 2 1 7 2 0 0]
+                                                                    weights   [1 1 1 0 1 1 0 0]
+                                                                    segments  [1 1 1 1 2 2 2 0]
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.nn.loss import Sums, cross_entropy
+
+EXTRA = 1  # a row holds one token more than the model reads
+
+
+def features(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A packed row of length T+1 -> the model's example of length T; the last token of a document predicts nothing."""
+    tokens, segments = row["tokens"], row["segments"]
+    real = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+    return {
+        "tokens": tokens[:-1].astype(np.int32),
+        "labels": tokens[1:].astype(np.int32),
+        "weights": real.astype(np.float32),
+        "segments": segments[:-1].astype(np.int32),
+    }
+
+
+def loss(model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None = None, **options: Any) -> Sums:
+    """Sums over the batch's real tokens (nats); divide by `.weight` for the mean. Without a key: no dropout."""
+    segments_BT = batch.get("segments")  # left out where one document fills every row
+    x_BTD, _ = model.hidden(batch["tokens"], segments_BT=segments_BT, key=key)
+    return cross_entropy(x_BTD, model.head_VD, batch["labels"], batch["weights"], **options)
