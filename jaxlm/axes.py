@@ -185,24 +185,25 @@ def is_matrix(path: tuple) -> bool:
     return len(of(name) or "") > 1 and not name.startswith("bias")
 
 
-def rows_of(sharding: NamedSharding, shape: tuple[int, ...]) -> list[slice]:
-    """The ranges of the leading axis that this process's devices hold, in order and without repeats."""
-    index = sharding.addressable_devices_indices_map(shape).values()
-    ranges = {i[0].indices(shape[0])[:2] for i in index if i is not None}
-    return [slice(*r) for r in sorted(ranges)]
+def local_rows(rows: int, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> list[tuple[int, int]]:
+    """The ranges [start, stop) of a batch's rows that this process's devices hold, in order, each once."""
+    sharding = NamedSharding(mesh, spec("B", (rows,), mesh, rules))
+    held = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({index[0].indices(rows)[:2] for index in held if index is not None})
 
 
-def put(batch: Mapping[str, np.ndarray], mesh: Mesh, rows: int, rules: Mapping[str, Any] = RULES) -> dict[str, jax.Array]:
-    """Make global arrays of `rows` rows from this process's rows, which lie in the order of `rows_of`."""
-    out = {}
-    for name, x in batch.items():
-        shape = (rows, *x.shape[1:])
-        sharding = NamedSharding(mesh, spec("B" + "T" * (x.ndim - 1), shape, mesh, rules))
-        starts = dict(zip([r.start for r in rows_of(sharding, shape)], np.cumsum([0, *[r.stop - r.start for r in rows_of(sharding, shape)]])))
+def put(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> dict[str, jax.Array]:
+    """Global arrays [rows, ...] split by B, from this process's rows, which lie in the order of `local_rows`."""
+    ranges = local_rows(rows, mesh, rules)
+    first = dict(zip((start for start, _ in ranges), np.cumsum([0] + [stop - start for start, stop in ranges])))
 
-        def local(index, x=x, starts=starts):
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index):
             start, stop, _ = index[0].indices(rows)
-            return x[starts[start] : starts[start] + stop - start]
+            return x[first[start] : first[start] + stop - start]
 
-        out[name] = jax.make_array_from_callback(shape, sharding, local)
-    return out
+        shape = (rows, *x.shape[1:])
+        sharding = NamedSharding(mesh, spec("B", (rows,), mesh, rules))
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(x) for name, x in batch.items()}

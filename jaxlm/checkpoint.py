@@ -45,9 +45,8 @@ def _sum_bits(x: jax.Array) -> jax.Array:
 
 def seal(state: Any) -> dict[str, int]:
     """A checksum of every array in a tree, by path."""
-    sums = jax.tree_util.tree_map_with_path(lambda path, x: (jax.tree_util.keystr(path), _sum_bits(x)), state)
-    pairs = jax.tree.leaves(sums, is_leaf=lambda x: isinstance(x, tuple))
-    return {path: int(value) for path, value in jax.device_get(pairs)}
+    found = [(jax.tree_util.keystr(path), _sum_bits(x)) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+    return {path: int(value) for path, value in found}
 
 
 class Checkpoints:
@@ -65,7 +64,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             epath.Path(workdir).resolve() / "checkpoints",
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True, enable_async_checkpointing=True
+                preservation_policy=keep.AnyPreservationPolicy(policies),
+                best_fn=self._score,  # not consulted for what to keep, but metrics are only written where there is one
+                best_mode=mode,
+                cleanup_tmp_directories=True,
             ),
         )
 

@@ -147,6 +147,7 @@ def _prepare_source(
                 write_json(progress, dict(recipe, read=read, splits=writer.commit()))
     splits = writer.commit()
     if not splits["train"]["documents"]:
+        folder.rmtree()  # a source that can never be finished must not keep the others from being used
         raise Mistake(f"{folder.name}: {recipe['source']} leaves nothing to train on (left out: {dict(tally)})")
     if splitter.validation and not splits["validation"]["documents"]:
         print(f"{folder.name}: no document fell into validation; with so few, split='tail' holds out a part of each")

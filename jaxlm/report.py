@@ -1,51 +1,50 @@
 """Tell the story of a run on one page: `report.html`, complete in itself, opens without a network.
 
-    WORKDIR/metrics.jsonl    {"step": 10, "loss": 5.1, "lr": 0.001, "grad_norm": 1.2, "tokens_per_s": 12000.0, "skipped": 0, "time": 3.2}
-                             {"step": 500, "eval": "docs", "loss": 2.3, "perplexity": 9.9, "bits_per_byte": 1.95}
-    WORKDIR/samples.jsonl    {"step": 500, "prompt": "The list", "text": " of names ..."}           where there are samples
-    WORKDIR/summary.json     {"validation_bits_per_byte": 1.85, "bigram_bits_per_byte": 2.08, ...}  where there are baselines
-    WORKDIR/config.json, WORKDIR/command                                                            what was run, and how
-
     python -m jaxlm.report WORKDIR
 
-`skipped` counts the steps skipped so far, `time` the seconds since the program started. Any other number in a training line gets
-a chart of its own. Read `write` first, then `_page`; the look of it is `report.css`.
+    metrics.jsonl    {"step": 10, "loss": 5.1, "lr": 1e-3, "grad_norm": 1, "tokens_per_s": 9e3, "skipped": 0, "time": 3}
+                     {"step": 500, "eval": "docs", "loss": 2.3, "perplexity": 9.9, "bits_per_byte": 1.95}
+    samples.jsonl    {"step": 500, "prompt": "The list", "text": " of names"}
+    summary.json     {"validation_bits_per_byte": 1.85, "xz_bits_per_byte": 2.4, "parameters": 2000000}
+    config.json      the config that was trained
+    command          the line that started it
+
+Only the folder must exist. `skipped` counts the steps skipped so far, `time` the seconds of all sittings; any
+other number in a training line gets a chart of its own. Read `write` first; the look is `report.html.jinja`.
 """
 
-from collections.abc import Iterable
-from html import escape
-import io
+from collections.abc import Iterator
 import json
 import math
-from pathlib import Path
-import re
 from typing import Any, NamedTuple
 
 from etils import epath
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+import jinja2
+from markupsafe import Markup
 import numpy as np
 
+from jaxlm import charts
 from jaxlm import config as configs
+from jaxlm.charts import Curve
 from jaxlm.lookup import Mistake
 
-POINTS = 800  # a curve has no more; above it, neighbours share a point and the band shows their range
-INK, MUTED, GRID = "#000001", "#000002", "#000003"  # stand-ins: the page puts var(--c1) ... there, so that charts follow the theme
-SERIES = ["#000004", "#000005", "#000006", "#000007"]  # training, then each validation set
-CHARTS = {  # key -> title, unit, y axis
+CHARTS = {  # a key of a training line -> title, unit, y axis; a key not named here is drawn under its own name
     "lr": ("Learning rate", "", "linear"),
     "grad_norm": ("Gradient norm", "before clipping", "log"),
-    "tokens_per_s": ("Throughput", "tokens per second", "zero"),
+    "tokens_per_s": ("Throughput", "tokens a second", "zero"),
     "accuracy": ("Accuracy", "share of tokens predicted", "linear"),
 }
-QUIET = {"step", "loss", "time", "skipped", "wait_s"}  # training keys told elsewhere on the page
-NAMES = {"xz_bits_per_byte": "xz -9e", "bigram_bits_per_byte": "2-gram", "ngram_bits_per_byte": "5-gram", "validation_bits_per_byte": "this model"}
+TOLD = {"step", "loss", "skipped", "in_row", "tokens", "time", "wait_s"}  # keys of a training line that the page tells in another way
+BASELINES = {
+    "validation_bits_per_byte": "this model",
+    "ngram_bits_per_byte": "5-gram, Kneser-Ney",
+    "bigram_bits_per_byte": "2-gram, Kneser-Ney",
+    "xz_bits_per_byte": "xz -9e",
+}
 
 
 class Run(NamedTuple):
-    """What a workdir holds: one training line a step, one evaluation a (name, step), the newest of each."""
+    """What a workdir holds, in the order of the steps: training lines, evaluations by name, samples."""
 
     name: str
     train: list[dict[str, Any]]
@@ -54,18 +53,18 @@ class Run(NamedTuple):
     summary: dict[str, Any]
     config: dict[str, Any]
     command: str
-    unread: int  # lines that are no JSON object: those that a kill cut
+    unread: int
 
 
 def write(workdir: str) -> str:
     """Write WORKDIR/report.html from what the run has left so far, and return its path.
 
-    Half-written lines and missing files are no error; raises `Mistake` when there is no such folder.
+    A missing file or a line cut by a kill is no error; raises `Mistake` when there is no such folder.
     """
-    page = _page(_read(workdir)).encode("utf-8", "replace")  # a sample may hold half a surrogate pair
+    page = _page(_read(workdir))
     path = epath.Path(workdir) / "report.html"
     fresh = path.with_name("report.html.new")
-    fresh.write_bytes(page)
+    fresh.write_bytes(page.encode("utf-8", "replace"))  # a sample may hold half a surrogate pair
     fresh.replace(path)
     return str(path)
 
@@ -73,28 +72,31 @@ def write(workdir: str) -> str:
 def _read(workdir: str) -> Run:
     folder = epath.Path(workdir)
     if not folder.is_dir():
-        raise Mistake(f"{workdir} is no folder; `jaxlm report` takes the workdir of a run")
-    metrics, unread = _lines(folder / "metrics.jsonl")
+        raise Mistake(f"{workdir!r} is no folder; `jaxlm report` takes the workdir of a run")
+    metrics, unread_metrics = _lines(folder / "metrics.jsonl")
     samples, unread_samples = _lines(folder / "samples.jsonl")
     train: dict[float, dict] = {}
     evals: dict[str, dict[float, dict]] = {}
-    for row in metrics:  # a resumed run repeats the steps since its checkpoint: the later line stands
+    for row in metrics:  # a resumed run repeats the steps after its checkpoint: the later line stands
         step = _number(row.get("step"))
-        if math.isfinite(step):
+        if not math.isnan(step):
             (evals.setdefault(str(row["eval"]), {}) if "eval" in row else train)[step] = row
     command = folder / "command"
     return Run(
-        folder.name, [train[s] for s in sorted(train)], {n: [e[s] for s in sorted(e)] for n, e in sorted(evals.items())}, samples,
-        _object(folder / "summary.json"), _object(folder / "config.json"), command.read_text().strip() if command.exists() else "",
-        unread + unread_samples,
-    )  # fmt: skip
+        name=folder.name,
+        train=[train[step] for step in sorted(train)],
+        evals={name: [rows[step] for step in sorted(rows)] for name, rows in sorted(evals.items())},
+        samples=samples,
+        summary=_object(folder / "summary.json"),
+        config=_object(folder / "config.json"),
+        command=command.read_text().strip() if command.exists() else "",
+        unread=unread_metrics + unread_samples,
+    )
 
 
 def _lines(path: epath.Path) -> tuple[list[dict], int]:
-    """The JSON objects of a file, one a line, and how many lines were none."""
-    if not path.exists():
-        return [], 0
-    lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+    """The JSON objects in a file, one a line, and how many lines hold none."""
+    lines = [line for line in path.read_bytes().splitlines() if line.strip()] if path.exists() else []
     rows = [row for row in map(_json, lines) if isinstance(row, dict)]
     return rows, len(lines) - len(rows)
 
@@ -104,94 +106,198 @@ def _object(path: epath.Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _json(line: bytes) -> Any:
+def _json(text: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
 def _number(value: Any) -> float:
-    """A float; not-a-number for what is none (null, a list), so that a hole in a file is a hole in a curve."""
+    """A finite float that can be drawn; not-a-number for everything else (null, "NaN", a list, 1e300)."""
     try:
-        return float("nan" if value is None or isinstance(value, bool) else value)
+        number = float("nan" if value is None or isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+    return number if abs(number) < 1e30 else math.nan
 
 
 def _values(rows: list[dict], key: str) -> np.ndarray:
-    values = np.array([_number(row.get(key)) for row in rows], np.float64)
-    return np.where(np.isfinite(values), values, np.nan)
+    return np.array([_number(row.get(key)) for row in rows], np.float64)
 
 
 def _known(rows: list[dict], key: str) -> np.ndarray:
-    """The finite values of a key, in the order of the steps."""
     values = _values(rows, key)
     return values[np.isfinite(values)]
 
 
-# Curves.
+# What the page shows. Nothing below escapes anything: the template does, for all that is not `Markup`.
 
 
-def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """At most POINTS of (step, mean, lowest, highest); a bin without a finite value stays a hole."""
-    bins = [b for b in np.array_split(np.arange(len(steps)), min(POINTS, len(steps))) if len(b)]
-    rows = [(steps[b[-1]], f.mean(), f.min(), f.max()) if len(f := values[b][np.isfinite(values[b])]) else (steps[b[-1]], *[np.nan] * 3) for b in bins]
-    s, mean, low, high = np.array(rows, np.float64).reshape(-1, 4).T
-    return s, mean, low, high
+def _page(run: Run) -> str:
+    """The whole page."""
+    loader = jinja2.PackageLoader("jaxlm", "")
+    template = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    model = run.config.get("model")
+    bars, facts = _bars(run.summary)
+    return template.get_template("report.html.jinja").render(
+        run=run,
+        model=model["name"] if isinstance(model, dict) and "name" in model else "language model",
+        tiles=_tiles(run),
+        loss=_loss(run),
+        bars=bars,
+        facts=facts,
+        panels=_panels(run),
+        evaluations=_evaluations(run.evals),
+        samples=_samples(run.samples),
+        commands=_commands(run),
+        config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
+    )
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centred running mean over about 4% of the curve: no lag, holes left out."""
-    window = np.ones(2 * (len(values) // 50) + 1)
-    known = np.isfinite(values)
-    count = np.convolve(known, window, mode="same")
-    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    return np.where(known, total / np.maximum(count, 1), np.nan)
+def _tiles(run: Run) -> Iterator[tuple[str, str]]:
+    """The headline numbers, each with what it is."""
+    for name, rows in run.evals.items():
+        for key in ("bits_per_byte", "perplexity", "loss"):
+            if len(values := _known(rows, key)):
+                yield f"{values[-1]:.3f}", f"{_words(key)}, {name}"
+                break
+    if len(loss := _known(run.train, "loss")):
+        yield f"{loss[-max(1, len(loss) // 50) :].mean():.3f}", "training loss, nats a token"
+    if len(steps := _known(run.train, "step")):
+        planned = _number(run.config.get("steps"))
+        yield f"{steps[-1]:,.0f}", f"of {planned:,.0f} steps" if planned > steps[-1] else "steps"
+    if len(speed := _known(run.train, "tokens_per_s")):
+        yield charts.number(float(np.median(speed))), "tokens a second"
+    if len(times := _known(run.train, "time")):
+        yield _duration(times[-1]), "of training"
+    if not math.isnan(size := _number(run.summary.get("parameters"))):
+        yield charts.number(size), "parameters"
 
 
-def _curve(ax: Axes, rows: list[dict], key: str, color: str, label: str, *, smooth: bool) -> None:
-    steps, mean, low, high = _thin(_values(rows, "step"), _values(rows, key))
-    if smooth:
-        ax.fill_between(steps, low, high, color=color, alpha=0.22, linewidth=0.6)
-        mean = _smooth(mean)
-    few = np.isfinite(mean).sum() < 25
-    ax.plot(steps, mean, color=color, linewidth=1.6, label=label, marker="o" if few and (not smooth or len(mean) == 1) else None, markersize=3)
+def _loss(run: Run) -> dict[str, Any] | None:
+    """Training and validation loss in one chart, drawn for a wide and for a narrow page; None before the first step."""
+    lines = [("training", run.train)] + [(f"validation, {name}", rows) for name, rows in run.evals.items()]
+    lines = [(name, rows) for name, rows in lines if len(_known(rows, "loss"))]
+    if not lines:
+        return None
+    curves = [Curve(_values(rows, "step"), _values(rows, "loss"), smooth=rows is run.train) for _, rows in lines]
+    ends = [(name, _known(rows, "loss")) for name, rows in lines]
+    alt = "Loss by step. " + "; ".join(f"{name}: from {known[0]:.2f} to {known[-1]:.2f}" for name, known in ends)
+    return {
+        "legend": [(name, charts.color(i)) for i, (name, _) in enumerate(lines)],
+        "wide": Markup(charts.draw(curves, scale="log", size=(9.2, 3.5), name="wide", alt=alt)),
+        "narrow": Markup(charts.draw(curves, scale="log", size=(4.4, 3.2), name="narrow", alt=alt)),
+    }
 
 
-def _axes(figure: Figure, scale: str, values: np.ndarray) -> Axes:
-    """Axes in the house style. `scale`: linear, zero (starts there) or log (where the values span more than a factor of two)."""
-    ax = figure.add_subplot()
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.grid(axis="y", color=GRID, linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.tick_params(length=0, pad=5)
-    ax.tick_params(axis="x", length=3)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _text(y)))
-    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
-    if scale == "log" and low > 0 and high > 2 * low:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 3) if high < 1e3 * low else (1,)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _text(y)))
-    if scale == "zero" and high > 0:
-        ax.set_ylim(0, high * 1.12)
-    return ax
+def _panels(run: Run) -> list[dict[str, Any]]:
+    """A small chart for each number that the training lines hold, those in CHARTS first."""
+    found = {key for row in run.train for key in row if len(_known([row], key))} - TOLD
+    steps, panels = _values(run.train, "step"), []
+    for key in [key for key in CHARTS if key in found] + sorted(found - set(CHARTS)):
+        title, note, scale = CHARTS.get(key, (_words(key).capitalize(), "", "linear"))
+        marks = np.empty(0)
+        if key == "grad_norm" and len(skipped := _known(run.train, "skipped")):
+            marks = steps[np.diff(np.nan_to_num(_values(run.train, "skipped")), prepend=0) > 0]
+            note += f"; {skipped.max():,.0f} steps skipped" + (" (marked)" if len(marks) else "")
+        if key == "tokens_per_s" and len(waits := _known(run.train, "wait_s")):
+            note += f"; {np.median(waits) * 1e3:.1f} ms data wait"
+        known = _known(run.train, key)
+        alt = f"{title} by step: from {charts.number(known[0])} to {charts.number(known[-1])}"
+        curve = Curve(steps, _values(run.train, key), smooth=key != "lr")
+        svg = charts.draw([curve], scale=scale, size=(4.4, 2.3), name=f"panel{len(panels)}", alt=alt, marks=marks)
+        panels.append({"title": title, "note": note, "svg": Markup(svg)})
+    return panels
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as inline SVG: text stays text, colours follow the page, ids are its own, nothing points elsewhere."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", svg, flags=re.S)
-    box = re.search(r'viewBox="[^"]*"', svg)
-    svg = re.sub(r"<svg[^>]*>", f'<svg class="{name.split("-")[0]}" role="img" aria-label="{escape(label)}" {box[0] if box else ""}>', svg, count=1)
-    svg = re.sub(r' id="(?!m|p)[^"]*"', "", svg)  # keeps those of markers and clip paths, which are referred to
-    svg = re.sub(r'(?<= id="|ref="#|url\(#)', f"{name}-", svg) if False else re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font-family: [^;]*; ?", "", svg)
-    return re.sub(r"#00000([1-9])", r"var(--c\1)", re.sub(r"\s*\n\s*", " ", svg))
+def _bars(summary: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Bits per byte beside the baselines, best first, and what else summary.json says."""
+    found = sorted((value, key) for key in BASELINES if not math.isnan(value := _number(summary.get(key))))
+    if len(found) < 2:
+        return [], [(_words(key), _figure(key, value)) for key, value in summary.items()]
+    top = max(found[-1][0], 1e-9)
+    bars = [
+        {
+            "name": BASELINES[key],
+            "value": f"{value:.3f}",
+            "percent": round(100 * max(value / top, 0), 1),
+            "ours": key.startswith("validation"),
+        }
+        for value, key in found
+    ]
+    return bars, [(_words(key), _figure(key, value)) for key, value in summary.items() if key not in BASELINES]
+
+
+def _evaluations(evals: dict[str, list[dict]]) -> dict[str, Any]:
+    """A table: the newest and the best (by loss) evaluation of each validation set."""
+    every = [row for rows in evals.values() for row in rows]
+    keys = list(dict.fromkeys(key for row in every for key in row if len(_known([row], key)) and key != "time"))
+    table = []
+    for name, rows in evals.items():
+        losses = _values(rows, "loss")
+        best = int(np.nanargmin(losses)) if np.isfinite(losses).any() else len(rows) - 1
+        newest = (
+            [(name, rows[-1])]
+            if best == len(rows) - 1
+            else [(f"{name}, newest", rows[-1]), (f"{name}, best", rows[best])]
+        )
+        table += [(label, [_figure(key, row.get(key)) for key in keys]) for label, row in newest]
+    return {"head": [_words(key) for key in keys], "rows": table}
+
+
+def _samples(samples: list[dict]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(step, its (prompt, continuation) pairs), newest first."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for row in samples:
+        step, prompt = _number(row.get("step")), str(row.get("prompt") or "")
+        title = "Samples" if math.isnan(step) else f"After step {step:,.0f}"
+        groups.setdefault(title, []).append((prompt, str(row.get("text") or "").removeprefix(prompt)))
+    return list(groups.items())[::-1]
+
+
+def _commands(run: Run) -> list[tuple[str, str]]:
+    return [
+        (
+            "Train on: the same command resumes from the newest checkpoint",
+            run.command or f"jaxlm train --config=CONFIG --workdir={run.name}",
+        ),
+        ("Let it write", f"jaxlm generate --workdir={run.name}"),
+        ("Measure it", f"jaxlm evaluate --workdir={run.name}"),
+    ]
+
+
+def _figure(key: str, value: Any) -> str:
+    number = _number(value)
+    if math.isnan(number):
+        return "\N{EN DASH}" if value is None else str(value)
+    if key.endswith("seconds"):
+        return _duration(number)
+    return f"{number:,.0f}" if number == round(number) or abs(number) >= 1e3 else f"{number:.4g}"
+
+
+def _words(key: str) -> str:
+    return key.replace("_seconds", "_time").replace("_", " ")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def main(argv: list[str]) -> None:
+    """Write the report of the one folder in `argv` and print its path."""
+    if argv in (["-h"], ["--help"]):
+        print((__doc__ or "").strip())
+    elif len(argv) == 1:
+        print(write(argv[0]))
+    else:
+        raise Mistake(f"one folder, please, not {len(argv)}: jaxlm report WORKDIR")
+
+
+if __name__ == "__main__":
+    configs.run("report", main)

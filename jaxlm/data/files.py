@@ -9,6 +9,7 @@ A path may be local, gs:// or s3://.
 from collections.abc import Iterator
 from contextlib import contextmanager
 import difflib
+import glob
 import hashlib
 import io
 
@@ -21,24 +22,25 @@ COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
 def match(pattern: str) -> list[epath.Path]:
-    """The files that a path or glob (`*`, `?`, `[...]`, `**`) names, sorted; raises `Mistake` when there is none."""
+    """The files that a path or glob (`*`, `?`, `[...]`, locally `**`) names, sorted; raises `Mistake` for none."""
     path = epath.Path(pattern)
     if pattern and path.is_file():  # a name may hold the signs of a glob
         return [path]
     if pattern and path.is_dir():
         raise Mistake(f"{pattern} is a folder; name its files: {pattern.rstrip('/')}/*")
-    parts = path.parts
-    wild = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
-    root = epath.Path(*parts[:wild])
-    if pattern and wild < len(parts) and root.is_dir():
-        found = sorted(p for p in root.glob("/".join(parts[wild:])) if p.is_file())
-        if found:
-            return found
-    folder = root if wild < len(parts) else root.parent
-    beside = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+    wild = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), len(path.parts) - 1)
+    root, rest = epath.Path(*path.parts[:wild]), "/".join(path.parts[wild:])
+    if "://" in pattern:
+        found = list(root.glob(rest)) if rest else []
+    else:
+        found = [epath.Path(name) for name in glob.glob(pattern, recursive=True)]
+    if names := sorted(name for name in found if name.is_file()):
+        return names
+    if not root.is_dir():
+        raise Mistake(f"no file matches {pattern!r} (there is no folder {root})")
+    beside = sorted(name.name for name in root.iterdir() if name.is_file())
     near = difflib.get_close_matches(path.name, beside, n=5, cutoff=0.5) or beside[:5]
-    hint = f"in {folder}: {', '.join(near) or 'no files'}" if folder.is_dir() else f"there is no folder {folder}"
-    raise Mistake(f"no file matches {pattern!r} ({hint})")
+    raise Mistake(f"no file matches {pattern!r} (in {root}: {', '.join(near) or 'no files'})")
 
 
 def inputs(names: list[epath.Path]) -> dict[str, str | int]:

@@ -8,12 +8,12 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import nnx
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
 from jaxlm import axes, lookup
 
@@ -35,7 +35,7 @@ class Blueprint:
         section = dict(section)
         module = lookup.module("jaxlm.models", section.pop("name", "?"))
         if not hasattr(module, "Model"):
-            raise lookup.Mistake(f"jaxlm.models.{module.__name__} is no trainable family")
+            raise lookup.Mistake(f"config.model.name: {module.__name__} is no family that can be trained by steps")
         config = lookup.spend("config.model", module.Config, {"vocab": vocab, "dtype": dtype, **section})
         if config.vocab < vocab:
             raise lookup.Mistake(f"the tokenizer has {vocab} ids, but config.model.vocab is {config.vocab}")
@@ -55,4 +55,13 @@ class Blueprint:
     @property
     def size(self) -> int:
         """Number of parameters."""
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.shapes))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.shapes))
+
+    def flops_per_token(self, length: int) -> float:
+        """Model FLOPs of one token's forward and backward pass: 6 a parameter that multiplies, and attention over `length` keys.
+
+        PaLM's count (arXiv:2204.02311, appendix B), without a discount for the causal mask.
+        """
+        idle = {"positions_TD"} | ({"embed_VD"} if "untied_VD" in self.shapes else set())
+        active = self.size - sum(math.prod(self.shapes[name].shape) for name in idle & set(self.shapes))
+        return 6 * active + 12 * self.config.layers * self.config.heads * self.config.head_width * length

@@ -16,7 +16,7 @@ from jaxlm.lookup import Mistake
 from jaxlm.nn import positions
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import dense, dropout, normal
+from jaxlm.nn.linear import dense, dropout, embed, normal
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import MLP
 from jaxlm.nn.norms import LayerNorm
@@ -90,7 +90,7 @@ class Model(nnx.Module):
             raise Mistake(f"gpt2: {T} positions, but only config.model.context={c.context} were learned")
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
-        x_BTD = self.embed_VD[...][tokens_BT] + self.positions_TD[...][positions_BT]
+        x_BTD = embed(self.embed_VD, tokens_BT) + embed(self.positions_TD, positions_BT)
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
         mask = Mask(segments_BT=segments_BT)

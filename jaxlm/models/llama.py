@@ -14,7 +14,7 @@ from jaxlm.axes import shaped
 from jaxlm.nn import positions
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import dense, dropout, normal
+from jaxlm.nn.linear import dense, dropout, embed, normal
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import GatedMLP
 from jaxlm.nn.norms import RMSNorm
@@ -85,7 +85,7 @@ class Model(nnx.Module):
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
         angles = positions.angles(positions_BT, c.head_width, c.rope_base)
-        x_BTD = axes.constrain(self.embed_VD[...][tokens_BT], "BTD")
+        x_BTD = embed(self.embed_VD, tokens_BT)
         mask = Mask(window=c.window, segments_BT=segments_BT)
         keys = None if key is None else jax.random.split(key, c.layers)
 

@@ -2,8 +2,12 @@
 
 Row b holds its tokens in slots 0 .. lengths[b]-1, whatever the other rows do; the next token goes to slot lengths[b]. What lies
 beyond is stale and out of sight of a causal mask, so prompts are padded on the right and nothing marks the padding.
+
+    k_LBKSH   one array, for layers that are scanned         after `unstacked`: a tuple of L arrays [B, K, S, H], for layers in a
+                                                             row; a layer is then read where it lies, where a scan copies it out
 """
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
@@ -11,14 +15,16 @@ import jax.numpy as jnp
 
 from jaxlm.axes import shaped
 
+Layers = jax.Array | tuple[jax.Array, ...]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """All layers' keys and values, heads in front of slots, and how many slots of each row are taken."""
 
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
+    k_LBKSH: Layers
+    v_LBKSH: Layers
     lengths_B: jax.Array
 
     @classmethod
@@ -27,22 +33,44 @@ class Cache:
         shape = (layers, batch, kv_heads, slots, head_width)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
+    @property
+    def slots(self) -> int:
+        """How many tokens a row has room for."""
+        return jax.tree.leaves(self.k_LBKSH)[0].shape[-2]
+
     @shaped
-    def write(self, layer: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array) -> "Cache":
+    def write(self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array) -> "Cache":
         """Put T new tokens of one layer behind what each row holds; `grow` then counts them, once all layers have written."""
 
-        def put(old_LBKSH, new_BKTH):
-            new = new_BKTH.astype(old_LBKSH.dtype)
-            for b in range(new.shape[0]):  # a slice per row: updated in place, where a scatter would copy
-                old_LBKSH = jax.lax.dynamic_update_slice(old_LBKSH, new[None, b : b + 1], (layer, b, 0, self.lengths_B[b], 0))
-            return old_LBKSH
+        def put(old_BKSH, new_BKTH, at=()):
+            new = new_BKTH.astype(old_BKSH.dtype)[(None,) * len(at)]
+            for b in range(k_BKTH.shape[0]):  # a slice per row: updated in place, where a scatter would copy
+                row = jax.lax.slice_in_dim(new, b, b + 1, axis=len(at))
+                old_BKSH = jax.lax.dynamic_update_slice(old_BKSH, row, (*at, b, 0, self.lengths_B[b], 0))
+            return old_BKSH
 
-        return dataclasses.replace(self, k_LBKSH=put(self.k_LBKSH, k_BKTH), v_LBKSH=put(self.v_LBKSH, v_BKTH))
+        if isinstance(self.k_LBKSH, tuple):
+            return self._each(lambda x, new: (*x[:layer], put(x[layer], new), *x[layer + 1 :]), k_BKTH, v_BKTH)
+        return self._each(lambda x, new: put(x, new, (layer,)), k_BKTH, v_BKTH)
 
-    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """One layer's keys and values [B, K, S, H]."""
-        return tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.k_LBKSH, self.v_LBKSH))  # type: ignore
+        return self.k_LBKSH[layer], self.v_LBKSH[layer]
 
     def grow(self, tokens: int | jax.Array) -> "Cache":
         """Count `tokens` more slots of each row as taken (a number, or one number per row)."""
         return dataclasses.replace(self, lengths_B=self.lengths_B + tokens)
+
+    def unstacked(self) -> "Cache":
+        """The same with every layer's keys and values an array of its own."""
+        return self._each(lambda x: tuple(x[i] for i in range(x.shape[0])))
+
+    def rows(self, index_B: jax.Array) -> "Cache":
+        """The rows of the given numbers, which may repeat."""
+        axis = 0 if isinstance(self.k_LBKSH, tuple) else 1
+        pick = lambda x: jax.tree.map(lambda x: jnp.take(x, index_B, axis), x)  # noqa: E731
+        return dataclasses.replace(self._each(pick), lengths_B=self.lengths_B[index_B])
+
+    def _each(self, change: Callable, k: jax.Array | None = None, v: jax.Array | None = None) -> "Cache":
+        more = ((), ()) if k is None else ((k,), (v,))
+        return dataclasses.replace(self, k_LBKSH=change(self.k_LBKSH, *more[0]), v_LBKSH=change(self.v_LBKSH, *more[1]))

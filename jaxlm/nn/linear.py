@@ -10,6 +10,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from jaxlm import axes
+
 
 def normal(rngs: nnx.Rngs, *shape: int, std: float) -> nnx.Param:
     """A parameter drawn from a normal distribution of the given standard deviation, in float32."""
@@ -34,6 +36,11 @@ def dense(x: jax.Array, w: jax.Array | nnx.Param, bias: jax.Array | nnx.Param | 
     if bias is not None:
         y = y + bias[...].astype(x.dtype).reshape(1, -1)
     return y.reshape(*lead, *outer)
+
+
+def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of a table: [B, T, D]. The table is gathered along D first, where it is split, since B takes those mesh axes."""
+    return axes.constrain(axes.constrain(table_VD[...], "V_")[tokens_BT], "BTD")
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

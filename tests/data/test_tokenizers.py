@@ -136,7 +136,7 @@ def test_any_sentencepiece_model_loads_with_its_own_specials(tmp_path):
     for place in (tmp_path, tmp_path / "spiece.model"):
         tok = tokenizers.load(place)
         assert (tok.bos, tok.eos, tok.pad, tok.add_bos, tok.add_eos) == (None, 1, 0, False, True)
-        assert tok.decode(tok.encode("the  object")) == "the object"
+        assert tok.decode(tok.encode("the  statement")) == "the statement"
         tok.encode("a ▁ literal")
 
 

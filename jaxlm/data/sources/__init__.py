@@ -65,7 +65,8 @@ class Source:
             tally[fault.kind] += 1
 
         for document in self.documents(report):
-            tally["cut"] += document.start == 0 and len(document.text) < document.total
+            if document.start == 0 and len(document.text) < document.total:
+                tally["cut"] += 1
             if document.total:
                 yield document
             else:

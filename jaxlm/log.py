@@ -1,0 +1,142 @@
+"""What a run says: metrics as JSON lines and TensorBoard events, a progress bar on a terminal, plain lines elsewhere.
+
+    with Log(workdir, start_step=500, steps=2000) as log:      lines of steps beyond 500, from a run that died, are dropped
+        log.train(501, dict(loss=2.1, lr=1e-3), tokens=12_288)
+        log.evaluation(1000, "docs", dict(loss=1.9, bits_per_byte=1.7))
+"""
+
+from collections.abc import Mapping
+import json
+import logging
+import math
+from pathlib import Path
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s of one device, as their makers publish it; devices that are not here report no MFU
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+}  # fmt: skip
+
+
+def lines(workdir: str) -> list[dict[str, Any]]:
+    """The metrics of a run so far; a last line that a kill cut short is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    out = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return out
+
+
+def setup() -> None:
+    """Send the package's own log lines to standard error, and keep the libraries' to warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("jaxlm").setLevel(logging.INFO)
+    for noisy in ("absl", "asyncio", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class Log:
+    """The log of one run. Only the first process writes; the others' calls do nothing."""
+
+    def __init__(self, workdir: str, *, start_step: int, steps: int, flops_per_token: float = 0.0):
+        self.writes = jax.process_index() == 0
+        self.start_step, self.steps = start_step, steps
+        self.flops_per_token = flops_per_token
+        self._began = self._last_time = time.monotonic()
+        self._last_step, self._tokens, self.tokens_per_s = start_step, 0, 0.0
+        if not self.writes:
+            return
+        kept = [line for line in lines(workdir) if line["step"] <= start_step]
+        self._earlier = max((line.get("time", 0.0) for line in kept), default=0.0)
+        path = Path(workdir) / "metrics.jsonl"
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        fresh.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=start_step + 1 if start_step else None)
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self._console,
+            disable=not self._console.is_terminal, transient=False,
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=steps, completed=start_step)
+
+    def __enter__(self) -> "Log":
+        if self.writes:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writes:
+            self._bar.stop()
+            self._file.close()
+            self._events.close()
+
+    def say(self, text: str) -> None:
+        """Print a line for the user."""
+        if self.writes:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def tick(self, step: int, tokens: int) -> None:
+        """Note that a step is done, which trained on this many real tokens."""
+        self._tokens += tokens
+        if self.writes:
+            self._bar.update(self._task, completed=step)
+
+    def pause(self) -> None:
+        """Start the clock of tokens/s anew: what came before (an evaluation, a save) was no training."""
+        self._last_time, self._tokens = time.monotonic(), 0
+
+    def train(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a step, with tokens/s since the last such line, MFU and memory where the device tells."""
+        now = time.monotonic()
+        self.tokens_per_s = self._tokens / max(now - self._last_time, 1e-9)
+        self._last_time, self._tokens = now, 0
+        values = {**values, "tokens_per_s": self.tokens_per_s, **self._device()}
+        self._write(step, values)
+        if self.writes:
+            left = (self.steps - step) * (now - self._began) / max(step - self.start_step, 1)
+            parts = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"{self.tokens_per_s:,.0f} tokens/s"]
+            parts += [f"MFU {100 * values['mfu']:.1f} %"] if "mfu" in values else []
+            self._bar.update(self._task, description="  ".join(parts))
+            if not self._console.is_terminal:
+                self.say(f"step {step}/{self.steps}  {'  '.join(parts)}  {_clock(left)} left")
+
+    def evaluation(self, step: int, name: str, values: Mapping[str, float]) -> None:
+        """Write and print what an evaluation found."""
+        self._write(step, values, {"eval": name})
+        self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+    def _write(self, step: int, values: Mapping[str, float], tags: Mapping[str, str] | None = None) -> None:
+        if not self.writes:
+            return
+        elapsed = round(self._earlier + time.monotonic() - self._began, 3)
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **(tags or {}), **finite, "time": elapsed}) + "\n")
+        folder = (tags or {}).get("eval", "train")
+        for key, value in values.items():
+            self._events.add_scalar(f"{folder}/{key}", value, step)
+
+    def _device(self) -> dict[str, float]:
+        device = jax.local_devices()[0]
+        out = {}
+        peak = next((f for kind, f in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), 0.0)
+        if peak and self.flops_per_token:
+            out["mfu"] = self.tokens_per_s * self.flops_per_token / (peak * jax.device_count())
+        memory = (device.memory_stats() or {}).get("peak_bytes_in_use") if device.platform != "cpu" else None
+        return out | ({"memory_gb": memory / 1e9} if memory else {})
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,119 @@
+"""The training step: a pure function of (state, batch), and the state it works on.
+
+    state = {params, opt, ema?, progress: {step, skipped, in_row, seen, norm}}       plain trees of arrays
+
+A step that `Guard` refuses changes nothing but the counts in `progress`.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm import axes
+from jaxlm.models import Blueprint
+from jaxlm.nn.loss import Sums
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Which steps are skipped: those with a loss or gradient that is not finite, or a gradient norm of `factor` times its
+    running mean (looked for once `after` steps were good). `patience` skipped steps in a row end the run."""
+
+    factor: float = 10.0
+    after: int = 50
+    patience: int = 20
+
+
+def init(tx: optax.GradientTransformation, params: Any, *, ema: float) -> State:
+    """The state before the first step; trace it under jit, so that each device makes only what it holds."""
+    zero, whole = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    progress = dict(step=whole, skipped=whole, in_row=whole, seen=whole, norm=zero)
+    state = dict(params=params, opt=tx.init(params), progress=progress)
+    return state | {"ema": jax.tree.map(jnp.copy, params)} if ema else state
+
+
+def shapes(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: Mapping, *, ema: float) -> State:
+    """The state's shapes, dtypes and places on the mesh, without allocating any of it."""
+    state = jax.eval_shape(lambda params: init(tx, params, ema=ema), blueprint.shapes)
+    places = axes.shardings(state, mesh, rules)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+
+
+def make(
+    blueprint: Blueprint,
+    tx: optax.GradientTransformation,
+    loss: Callable,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    guard: Guard = Guard(),  # noqa: B008
+) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+    """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    `loss(model, batch, key)` gives sums over tokens (`jaxlm.nn.loss.Sums`). The batch is cut in `accumulate` parts, whose
+    gradients are summed and divided by the real tokens of the whole batch.
+    """
+
+    def gradients(params, batch, key):
+        def scaled(params, part, key):
+            sums = loss(blueprint.bind(params), part, key)
+            return sums.loss / weight, sums
+
+        weight = jnp.maximum(batch["weights"].sum(), 1.0)
+        both = jax.value_and_grad(scaled, has_aux=True)
+        if accumulate == 1:
+            (_, sums), grads = both(params, batch, key)
+            return grads, sums
+
+        def add(total, xs):
+            part, i = xs
+            (_, sums), grads = both(params, part, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+        parts = jax.tree.map(lambda x: _interleave(x, accumulate), dict(batch))
+        zeros = jax.tree.map(jnp.zeros_like, params), Sums(*[jnp.zeros(())] * len(Sums._fields))
+        return jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))[0]
+
+    def step(state, batch):
+        progress = state["progress"]
+        key = jax.random.fold_in(jax.random.key(seed), progress["step"])
+        grads, sums = gradients(state["params"], batch, key)
+        norm, mean = optax.global_norm(grads), sums.loss / jnp.maximum(sums.weight, 1.0)
+        spike = (progress["seen"] >= guard.after) & (norm > guard.factor * progress["norm"])
+        good = jnp.isfinite(norm) & jnp.isfinite(mean) & (sums.weight > 0) & ~spike
+
+        def apply(state):
+            updates, opt = tx.update(grads, state["opt"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+            new = dict(params=params, opt=opt)
+            if ema:
+                new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - ema)
+            return new
+
+        kept = {name: tree for name, tree in state.items() if name != "progress"}
+        new = jax.lax.cond(good, apply, lambda state: state, kept)
+        blend = jnp.where(progress["seen"] == 0, norm, 0.98 * progress["norm"] + 0.02 * norm)
+        new["progress"] = dict(
+            step=progress["step"] + 1,
+            skipped=progress["skipped"] + ~good,
+            in_row=jnp.where(good, 0, progress["in_row"] + 1),
+            seen=progress["seen"] + good,
+            norm=jnp.where(good, blend, progress["norm"]),
+        )
+        per_token = jnp.maximum(sums.weight, 1.0)
+        metrics = dict(loss=sums.nll / per_token, objective=mean, accuracy=sums.correct / per_token, grad_norm=norm, tokens=sums.weight)
+        return new, metrics | dict(skipped=new["progress"]["skipped"], in_row=new["progress"]["in_row"])
+
+    return step
+
+
+def _interleave(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...], row i to part i mod parts, so that each part lies on the devices as the whole did."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -1,0 +1,265 @@
+"""Train a model: the same command starts, resumes and finishes a run.
+
+    jaxlm train --config=configs/quickstart.py --workdir=runs/quickstart
+    jaxlm train --config=configs/quickstart.py:tiny --workdir=/tmp/try --config.optim.lr=3e-4
+
+On several hosts, run it on each; the hosts find each other on Cloud TPU by --config.distributed=True, and elsewhere by
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Read `train` from top to bottom; the gradient is in `jaxlm.step`.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import json
+import math
+import os
+from pathlib import Path
+import signal
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+import numpy as np
+
+from jaxlm import axes, lookup, optim, report
+from jaxlm import config as configs
+from jaxlm import step as steps_
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.data import rows
+from jaxlm.data.store import Store
+from jaxlm.data.store import open as open_store
+from jaxlm.lm import LM
+from jaxlm.log import Log, lines, setup
+from jaxlm.lookup import Mistake
+from jaxlm.models import Blueprint
+
+Section = Mapping[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """After how many steps to log, evaluate and save (0: only at the end, where all three happen anyway)."""
+
+    log: int = 10
+    eval: int = 0
+    save: int = 0
+
+
+def train(
+    workdir: str, *, store: str, model: Section, optimizer: Section, steps: int, batch: int, length: int, seed: int = 0,
+    objective: Section = None, data: Section = None, accumulate: int = 1, ema: float = 0.0, dtype: str = "auto", mesh: Section = None,
+    rules: Section = None, guard: Section = None, every: Section = None, evaluation: Section = None, checkpoint: Section = None,
+    samples: Section = None,
+) -> dict[str, float]:  # fmt: skip
+    """Train to `steps` and return the last evaluation. The arguments are the config's keys; README explains each.
+
+    Raises `Mistake` before the first step for whatever the user can mend, and when too many steps in a row are skipped.
+    """
+    tokens = open_store(store)
+    grid = lookup.spend("config.mesh", axes.mesh, mesh)
+    rules = {**axes.RULES, **(rules or {})}
+    when = lookup.spend("config.every", Every, every)
+    goal = dict(objective or {"name": "clm"})
+    task = lookup.module("jaxlm.objectives", goal.pop("name", "?"))
+    if batch % accumulate:
+        raise Mistake(f"config.batch={batch} is no multiple of config.accumulate={accumulate}")
+
+    with axes.on(grid, rules), Stop() as stop:
+        if dtype == "auto":
+            dtype = "float32" if axes.platform() == "cpu" else "bfloat16"
+        blueprint = Blueprint.of(model or {}, vocab=tokens.vocab, dtype=dtype)
+        tx, rate = lookup.spend("config.optimizer", optim.optimizer, optimizer, blueprint.shapes, steps=steps)
+        limits = lookup.spend("config.guard", steps_.Guard, guard)
+        stream, features = lookup.spend("config.data", _stream, data, tokens, task, length=length, seed=seed)
+        held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, length=length + task.EXTRA)
+        loss = functools.partial(task.loss, **goal)
+        update = steps_.make(blueprint, tx, loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits)
+        shapes = steps_.shapes(blueprint, tx, grid, rules, ema=ema)
+        places = jax.tree.map(lambda x: x.sharding, shapes)
+        update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+        measure = jax.jit(lambda params, batch: task.loss(blueprint.bind(params), batch))
+
+        def evaluate(step: int) -> dict[str, float]:
+            params = state["ema" if ema else "params"]
+            total = {}
+            for name, documents in held_out.items():
+                found = _measure(measure, params, documents, task.features, batch, grid, rules, stop)
+                log.evaluation(step, name, found)
+                total |= {f"{name}/{key}": value for key, value in found.items()}
+            means = [key.partition("/")[2] for key in total]
+            return total | {key: float(np.mean([v for k, v in total.items() if k.endswith("/" + key)])) for key in means}
+
+        checkpoints = lookup.spend("config.checkpoint", Checkpoints, checkpoint, workdir)
+        restored = checkpoints.restore(shapes)
+        start = restored[0] if restored else 0
+        log = Log(workdir, start_step=start, steps=steps, flops_per_token=blueprint.flops_per_token(length))
+        with checkpoints, log:
+            if restored:
+                state = restored[1]
+                log.say(f"going on after step {start} of {steps}")
+            else:
+                params = blueprint.init(seed, grid, rules)
+                state = jax.jit(functools.partial(steps_.init, tx, ema=ema), out_shardings=places)(params)
+                log.say(f"{blueprint.name}: {blueprint.size:,} parameters on {dict(grid.shape)}, {dtype}")
+            local = axes.local_rows(batch, grid, rules)
+            batches = rows.batches(stream, batch=batch, start_step=start, rows=local, features=features)
+            metrics, found, waited = {}, {}, 0.0
+            for step in range(start + 1, steps + 1):
+                asked = time.monotonic()
+                host_batch = next(batches)
+                waited += time.monotonic() - asked
+                _check(host_batch, blueprint.config.vocab, first=step == start + 1)
+                before, (state, metrics) = metrics, update(state, axes.put(host_batch, batch, grid, rules))
+                if before:  # of the step before, so that the device is never idle while the host looks
+                    _note(log, before, step - 1, limits.patience)
+                last = step == steps
+                stopping = stop(step)
+                if step % when.log == 0 or last or stopping:
+                    _note(log, metrics, step, limits.patience)
+                    numbers = {key: float(value) for key, value in metrics.items()}
+                    log.train(step, numbers | {"lr": float(rate(step - 1)), "wait_s": waited})
+                    metrics, waited = {}, 0.0
+                if (when.eval and step % when.eval == 0 or last) and not stopping:
+                    found = evaluate(step)
+                    log.pause()
+                if (when.save and step % when.save == 0) or last or stopping:
+                    checkpoints.save(step, state, found if step % (when.eval or steps) == 0 or last else None)
+                    log.pause()
+                if stopping:
+                    checkpoints.wait()
+                    log.say(f"stopped by a signal; saved at step {step}. The same command goes on from there")
+                    return found
+            checkpoints.wait()
+            found = found or evaluate(steps)
+            if samples and log.writes and jax.process_count() == 1:
+                lm = LM(blueprint, state["ema" if ema else "params"], tokens.tokenizer(), None)
+                lookup.spend("config.samples", _sample, samples, lm, workdir, steps)
+        if log.writes:
+            _summarise(workdir, blueprint, found)
+        return found
+
+
+class Stop:
+    """Whether a signal asks the run to stop, as a context: SIGTERM, or on several hosts JAX's notice of preemption."""
+
+    def __enter__(self) -> "Stop":
+        self.asked, self._many = False, jax.process_count() > 1
+        if not self._many:
+            self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._many:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def __call__(self, step: int) -> bool:
+        if self._many:  # all hosts must stop after the same step
+            self.asked = self.asked or multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
+
+
+def _stream(
+    store: Store, task: Any, *, length: int, seed: int, weights: Section = None, packing: str = "best_fit", isolate: bool = True
+) -> tuple[Any, Callable]:
+    """The endless stream of training rows, and what turns a row into an example.
+
+    With `isolate=False` documents of a row see each other, and the model need not know where one ends.
+    """
+    stream = rows.train(store, length=length + task.EXTRA, seed=seed, packing=packing, isolate=isolate, weights=weights)
+
+    def features(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        example = task.features(row)
+        return example if isolate else {name: x for name, x in example.items() if name != "segments"}
+
+    return stream, features
+
+
+def _held_out(store: Store, *, length: int, documents: int | None = None, sources: list[str] | None = None) -> dict[str, rows.Rows]:
+    """The validation rows of each source that has any; `documents` bounds how many of each."""
+    named = [s for s in store.sources if len(store.split(s, "validation"))] if sources is None else sources
+    return {source: rows.validation(store, source, length=length, documents=documents) for source in named}
+
+
+def _measure(
+    measure: Callable, params: Any, held_out: rows.Rows, features: Callable, batch: int, grid: Any, rules: Mapping, stop: Stop
+) -> dict[str, float]:
+    """Loss (nats per token), perplexity, accuracy and bits per UTF-8 byte over whole held-out documents."""
+    nats = correct = count = 0.0
+    local = axes.local_rows(batch, grid, rules)
+    for host_batch in rows.batches(held_out, batch=batch, rows=local, features=features):
+        sums = measure(params, axes.put(host_batch, batch, grid, rules))
+        nats, correct, count = nats + float(sums.nll), correct + float(sums.correct), count + float(sums.weight)
+        if stop.asked:
+            break
+    if not stop.asked and round(count) != held_out.plan.predicted:
+        raise RuntimeError(f"evaluation scored {count:.0f} tokens of {held_out.plan.predicted}")
+    mean = nats / max(count, 1.0)
+    bits = nats / math.log(2) / max(held_out.bytes or 0, 1)
+    return dict(loss=mean, perplexity=math.exp(min(mean, 700.0)), accuracy=correct / max(count, 1.0), bits_per_byte=bits)
+
+
+def _check(batch: Mapping[str, np.ndarray], vocab: int, *, first: bool) -> None:
+    """Raise `Mistake` for ids that the model does not know, or a first batch in which nothing is to be predicted."""
+    for name in ("tokens", "labels"):
+        low, high = int(batch[name].min()), int(batch[name].max())
+        if low < 0 or high >= vocab:
+            raise Mistake(f"batch: {name} go from {low} to {high}, but the model's vocabulary has {vocab} entries")
+    if first and not batch["weights"].any() and jax.process_count() == 1:
+        raise Mistake("batch: every weight of the first batch is 0, so there is nothing to learn; look at the data and objective")
+
+
+def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) -> None:
+    """Count a finished step; raises `Mistake` when it is the last of too many that were skipped in a row."""
+    log.tick(step, int(metrics["tokens"]))
+    in_row = int(metrics["in_row"])
+    if in_row >= patience:
+        raise Mistake(
+            f"step {step}: {in_row} steps in a row were skipped, their loss or gradient not finite or exploding. What was saved before is "
+            "intact; try a lower config.optimizer.lr, a longer warmup, or config.optimizer.clip"
+        )
+
+
+def _sample(lm: LM, workdir: str, step: int, *, prompts: list[str], tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> None:
+    """Continue each prompt and leave the texts in samples.jsonl, for the report."""
+    texts = lm.generate(list(prompts), max_new_tokens=tokens, temperature=temperature, seed=seed)
+    samples = [dict(step=step, prompt=prompt, text=text) for prompt, text in zip(prompts, texts)]
+    (Path(workdir) / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -> None:
+    """Leave summary.json and report.html in the workdir."""
+    path = Path(workdir) / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    logged = [line for line in lines(workdir) if "tokens_per_s" in line]
+    speeds = sorted(line["tokens_per_s"] for line in logged)
+    summary |= {f"validation_{key}": value for key, value in found.items() if "/" not in key}
+    summary |= {"train_seconds": max((line["time"] for line in logged), default=0.0), "parameters": blueprint.size}
+    summary |= {"tokens_per_second": speeds[len(speeds) // 2]} if speeds else {}
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    report.write(workdir)
+
+
+
+def main(argv: list[str]) -> None:
+    """Read the command line, prepare the workdir, train."""
+    args = configs.parse(__doc__ or "", argv)
+    setup()
+    settings: ConfigDict = args.config
+    keys = {name: value for name, value in settings.to_dict().items() if name not in ("prepare", "distributed")}
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        address, count, index = (os.environ[f"JAX_{name}"] for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(address, int(count), int(index))
+    elif settings.get("distributed"):
+        jax.distributed.initialize()
+    workdir = Path(args.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        configs.write(settings, args.workdir)
+        open_store(settings.store).tokenizer().save(workdir / "tokenizer")
+    lookup.spend("config", train, keys, args.workdir)
+
+
+if __name__ == "__main__":
+    configs.run("train", main)

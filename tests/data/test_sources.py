@@ -1,0 +1,260 @@
+"""Every source gives whole documents, the same each time, and says exactly what cannot be read."""
+
+from collections import Counter
+import gzip
+import itertools
+import json
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxlm.data import sources
+from jaxlm.data.splits import Splitter
+from jaxlm.lookup import Mistake
+
+
+def texts(spec, tally=None):
+    return [document.text for document in sources.find(spec).read(tally)]
+
+
+def compress(content, suffix):
+    if suffix == ".gz":
+        return gzip.compress(content[:7]) + gzip.compress(content[7:])  # as `cat a.gz b.gz` makes them
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
+def write_tfds(folder):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        """Five documents."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="small"),)
+        url_infos, code_path = {}, None  # what it would look up beside the code of a registered data set
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int32)})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from ((n, {"text": f"résumé {n}\n", "n": n}) for n in range(5))
+
+    Tiny(data_dir=folder, config="small", file_format="array_record").download_and_prepare()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """One small file of each kind."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "b.txt").write_bytes("one\r\ntwo  \n\n\nthrée\n".encode())
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbffirst\n")
+    (folder / "a.jsonl").write_text('{"text": "one", "body": "eins"}\n\n{"text": "two\\n", "body": "zwei"}\n')
+    pq.write_table(pa.table({"text": ["one", "two\n"], "body": ["eins", "zwei"]}), folder / "a.parquet")
+    write_tfds(folder)
+    return folder
+
+
+def test_a_file_is_a_document_and_files_come_sorted(corpus):
+    assert texts(f"text:{corpus}/*.txt") == ["first\n", "one\r\ntwo  \n\n\nthrée\n"]
+
+
+def test_lines_and_paragraphs_are_documents_when_asked(corpus):
+    assert texts(f"text:{corpus}/b.txt?documents=line") == ["one", "two  ", "thrée"]
+    assert texts(f"text:{corpus}/b.txt?documents=blank") == ["one\r\ntwo  ", "thrée"]
+
+
+def test_records_give_the_field_that_is_asked_for(corpus):
+    for kind in ("jsonl", "parquet"):
+        assert texts(f"{kind}:{corpus}/a.{kind}") == ["one", "two\n"]
+        assert texts(f"{kind}:{corpus}/a.{kind}?field=body") == ["eins", "zwei"]
+
+
+def test_tfds_is_read_without_tensorflow(corpus):
+    assert texts(f"tfds:tiny/small:train?data_dir={corpus}") == [f"résumé {n}\n" for n in range(5)]
+    assert texts(f"tfds:tiny/small:train[1:3]?data_dir={corpus}") == ["résumé 1\n", "résumé 2\n"]
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_compressed_files_give_the_same_documents(kind, suffix, tmp_path):
+    content = b'{"text": "one"}\n{"text": "two"}\n' * 1000
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / f"a{suffix}").write_bytes(compress(content, suffix))
+    assert texts(f"{kind}:{tmp_path}/a{suffix}") == texts(f"{kind}:{tmp_path}/a")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_ends_too_early_is_no_document(suffix, tmp_path):
+    content = compress(b"".join(b"line %d\n" % i for i in range(99_999)), suffix)
+    (tmp_path / f"a{suffix}").write_bytes(content[:-9])
+    with pytest.raises(Mistake, match=f"a{suffix}: damaged"):
+        texts(f"text:{tmp_path}/a{suffix}?documents=line")
+
+
+def test_globs_reach_into_folders_and_signs_may_stand_in_names(tmp_path):
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    for name in ("x/1.txt", "x/y/2.txt", "x/what? 3#[a]&b=c.txt"):
+        (tmp_path / name).write_text(name)
+    assert texts(f"text:{tmp_path}/**/*.txt") == ["x/1.txt", "x/what? 3#[a]&b=c.txt", "x/y/2.txt"]
+    assert texts(f"text:{tmp_path}/x/?.txt") == ["x/1.txt"]
+    assert texts(f"text:{tmp_path}/x/what? 3#[a]&b=c.txt") == ["x/what? 3#[a]&b=c.txt"]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("text", ["añ\n漢字\n🤖🤖\n\nb" * 3, "漢字🤖ñ" * 9, "\n\n\n"])
+def test_a_long_document_comes_in_pieces_that_are_whole_end_to_end(text, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.data.sources.text.PIECE", piece)
+    monkeypatch.setattr("jaxlm.data.sources.PIECE", piece)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict(text=text)))
+    for spec in (f"text:{tmp_path}/a.txt", f"jsonl:{tmp_path}/a.jsonl"):
+        documents, tally = [], Counter()
+        documents = list(sources.find(spec).read(tally))
+        assert "".join(document.text for document in documents) == text
+        assert [document.start for document in documents] == [0, *np.cumsum([len(d.text) for d in documents])[:-1]]
+        assert {document.total for document in documents} == {len(text)}
+        assert tally["cut"] == (len(documents) > 1)
+
+
+def test_python_docs_are_topics_and_modules_about_two_megabytes():
+    found = texts("python-docs:")
+    assert 1.5e6 < sum(len(text.encode()) for text in found) < 4e6 and len(found) > 500
+    assert found == texts("python-docs:") and sources.find("python-docs:").licence.startswith("PSF")
+    json_module = next(text for text in found if text.startswith("JSON (JavaScript Object Notation)"))
+    assert "Serialize ``obj`` as a JSON formatted stream" in json_module and "import" in json_module
+
+
+def test_python_source_is_code_without_tests():
+    found = list(itertools.islice(sources.find("python-source:").read(), 20))
+    assert all(compile(document.text, "a", "exec", dont_inherit=True) for document in found[:3])
+    assert len(found) == 20
+
+
+BAD = [
+    ("jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n', r"a.jsonl, line 2: not JSON", "bad JSON"),
+    ("jsonl", b'{"text": "a"}\n["b"]\n{"text": "c"}\n', r"a.jsonl, line 2: a JSON list, not an object", "bad JSON"),
+    (
+        "jsonl",
+        b'{"text": "a"}\n{"txt": "b"}\n{"text": "c"}\n',
+        r"line 2: .*'text'; did you mean 'txt'",
+        "missing field",
+    ),
+    ("jsonl", b'{"text": "a"}\n{"text": 7}\n{"text": "c"}\n', r"line 2: the field 'text' is int", "not text"),
+    ("jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "c"}\n', r"line 2, byte 11 .*UTF-8", "invalid UTF-8"),
+    ("jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n{"text": "c"}\n', r"line 2: not valid Unicode", "invalid UTF-8"),
+    ("text", b"a\nok \xc3(\nc\n", r"a.text, line 2, byte 4 of the line: not valid UTF-8", "invalid UTF-8"),
+]
+
+
+@pytest.mark.parametrize("kind, content, message, fault", BAD)
+def test_what_cannot_be_read_is_named_or_skipped_and_counted(kind, content, message, fault, tmp_path):
+    (tmp_path / f"a.{kind}").write_bytes(content)
+    spec = f"{kind}:{tmp_path}/a.{kind}?" + ("documents=line&" if kind == "text" else "")
+    with pytest.raises(Mistake, match=message):
+        texts(spec + "on_error=raise")
+    tally = Counter()
+    assert texts(spec + "on_error=skip", tally) == ["a", "c"]
+    assert tally == {fault: 1}
+
+
+def test_a_null_in_parquet_is_named_or_skipped_and_counted(tmp_path):
+    pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
+    with pytest.raises(Mistake, match=r"a.parquet, row 2: the record has no 'text'"):
+        texts(f"parquet:{tmp_path}/a.parquet")
+    tally = Counter()
+    assert texts(f"parquet:{tmp_path}/a.parquet?on_error=skip", tally) == ["one", "two"] and tally["missing field"] == 1
+
+
+def test_a_file_with_bad_bytes_is_skipped_whole_even_when_they_come_late(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.data.sources.text.PIECE", 8)
+    (tmp_path / "a.txt").write_bytes(b"good line\ngood line\nbad \xff line\n")
+    (tmp_path / "b.txt").write_bytes(b"fine")
+    with pytest.raises(Mistake, match=r"a.txt, line 3, byte 5 of the line"):
+        texts(f"text:{tmp_path}/*.txt")
+    assert texts(f"text:{tmp_path}/*.txt?on_error=skip") == ["fine"]
+
+
+def test_empty_documents_are_counted_and_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    tally = Counter()
+    assert texts(f"text:{tmp_path}/a.txt", tally) == [] and tally["empty"] == 1
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("{}/a.txt", "has no kind; write kind:PATH with one of: jsonl:, parquet:, python-docs:"),
+        ("txt:{}/a.txt", "did you mean 'text'"),
+        ("text:{}/aa.txt", r"no file matches .*aa.txt.* \(in .*: a.txt"),
+        ("text:{}/*.text", r"no file matches .*\*.text"),
+        ("text:{}/no/a.txt", "there is no folder .*/no"),
+        ("text:{}", "is a folder; name its files: .*/\\*"),
+        ("text:", "no file matches ''"),
+        ("text:{}/a.txt?document=line", "did you mean 'documents'"),
+        ("text:{}/a.txt?documents=lines", "did you mean 'line'"),
+        ("text:{}/a.txt?on_error=ignore", "on_error has no 'ignore'. Choices: raise, skip"),
+        ("parquet:{}/a.parquet?field=txt", "a.parquet: the schema has no 'txt'; did you mean 'text'"),
+        ("parquet:{}/a.txt", "a.txt: damaged, or not a Parquet file"),
+        ("tfds:tiny", "needs a name and a split"),
+        ("tfds:tiny/small:test?data_dir={}", "cannot open 'tiny/small', split 'test'"),
+        ("tfds:tiny/small:train?data_dir={}&field=txt", "has no field 'txt'; choose one with [?]field=: n, text"),
+    ],
+)
+def test_mistakes_in_a_spec_are_answered_with_the_choices(spec, message, corpus):
+    with pytest.raises(Mistake, match=message):
+        texts(spec.format(corpus))
+
+
+def test_a_changed_input_is_told_from_the_old_one(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    before = sources.find(f"text:{tmp_path}/*.txt").inputs
+    assert sources.find(f"text:{tmp_path}/*.txt").inputs == before
+    (tmp_path / "b.txt").write_text("two")
+    assert sources.find(f"text:{tmp_path}/*.txt").inputs != before
+
+
+def split(how, fraction, documents, seed=0):
+    return list(Splitter(how, fraction, seed).parts(documents))
+
+
+def whole(found):
+    return [document for text in found for document in sources.pieces(text)]
+
+
+def test_equal_documents_are_on_the_same_side_and_whole():
+    documents = whole([f"document {i % 500}" for i in range(1000)])
+    sides = split("document", 0.2, documents)
+    assert sides[:500] == sides[500:] and all((train == "") != (held == "") for train, held in sides)
+    assert 0.1 < np.mean([held != "" for _, held in sides]) < 0.3
+    assert sides != split("document", 0.2, documents, seed=1)
+    assert split("document", 0, documents) == [(document.text, "") for document in documents]
+
+
+def test_pieces_of_a_document_are_on_its_side(monkeypatch):
+    monkeypatch.setattr("jaxlm.data.sources.PIECE", 4)
+    for i in range(20):
+        sides = split("document", 0.5, whole([f"{i} a long document in many pieces"]))
+        assert len(sides) > 3 and len({held == "" for _, held in sides}) == 1
+
+
+@pytest.mark.parametrize("piece", [3, 5, 100])
+def test_the_tail_is_the_last_part_of_the_whole_document(piece, monkeypatch):
+    monkeypatch.setattr("jaxlm.data.sources.PIECE", piece)
+    sides = split("tail", 0.1, whole(["abcdefghij" * 3]))
+    assert "".join(train for train, _ in sides) == ("abcdefghij" * 3)[:27]
+    assert "".join(held for _, held in sides) == "hij"
+
+
+def test_a_fraction_must_be_one():
+    with pytest.raises(Mistake, match=r"config.data.validation is a fraction .* not 5"):
+        Splitter("document", 5)
+    with pytest.raises(Mistake, match="did you mean 'document'"):
+        Splitter("documents", 0.5)
