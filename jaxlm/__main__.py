@@ -4,6 +4,7 @@
     jaxlm train    --config=FILE[:size] --workdir=DIR     the same command resumes
     jaxlm evaluate --workdir=DIR [--data=SOURCE]          loss, perplexity, bits per byte
     jaxlm generate --workdir=DIR [--prompt=TEXT]          samples, streamed
+    jaxlm plan     --config=FILE[:size] --topology=v5e:4x4 compile the train step for devices that are not here
     jaxlm report   DIR                                    report.html from a run's metrics
 
 Any key of the config is changed by --config.a.b=value. `jaxlm PROGRAM --help` tells more.
@@ -14,7 +15,7 @@ import sys
 
 from jaxlm import config, lookup
 
-PROGRAMS = ("prepare", "train", "evaluate", "generate", "report")
+PROGRAMS = ("prepare", "train", "evaluate", "generate", "plan", "report")
 
 
 def main() -> None:

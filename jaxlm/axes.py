@@ -92,7 +92,9 @@ def mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, dev
     shape = tuple(sizes.values())
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
-        array = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices=devices)
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+        )
     else:
         array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     return Mesh(array, MESH_AXES)

@@ -65,8 +65,13 @@ def prepare(
     tok = _tokenizer(root / "tokenizer", dict(tokenizer), found, recipes, splitter)
     for name, source in found.items():
         recipe = dict(recipes[name], tokenizer=tok.fingerprint)
-        _prepare_source(root / name, source, recipe, tok, splitter, workers or len(os.sched_getaffinity(0)))
+        _prepare_source(root / name, source, recipe, tok, splitter, workers or _cores())
     return token_store.open(store)
+
+
+def _cores() -> int:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _checked_name(name: str) -> str:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 from etils import epath
 import jinja2
-from markupsafe import Markup
 import numpy as np
 
 from jaxlm import charts
@@ -34,7 +33,15 @@ CHARTS = {  # a key of a training line -> title, unit, y axis; a key not named h
     "tokens_per_s": ("Throughput", "tokens a second", "zero"),
     "accuracy": ("Accuracy", "share of tokens predicted", "linear"),
 }
-TOLD = {"step", "loss", "skipped", "in_row", "tokens", "time", "wait_s"}  # keys of a training line that the page tells in another way
+TOLD = {
+    "step",
+    "loss",
+    "skipped",
+    "in_row",
+    "tokens",
+    "time",
+    "wait_s",
+}  # keys of a training line that the page tells in another way
 BASELINES = {
     "validation_bits_per_byte": "this model",
     "ngram_bits_per_byte": "5-gram, Kneser-Ney",
@@ -131,7 +138,7 @@ def _known(rows: list[dict], key: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-# What the page shows. Nothing below escapes anything: the template does, for all that is not `Markup`.
+# What the page shows. Nothing here escapes anything: the template does, for all but the drawings.
 
 
 def _page(run: Run) -> str:
@@ -188,8 +195,8 @@ def _loss(run: Run) -> dict[str, Any] | None:
     alt = "Loss by step. " + "; ".join(f"{name}: from {known[0]:.2f} to {known[-1]:.2f}" for name, known in ends)
     return {
         "legend": [(name, charts.color(i)) for i, (name, _) in enumerate(lines)],
-        "wide": Markup(charts.draw(curves, scale="log", size=(9.2, 3.5), name="wide", alt=alt)),
-        "narrow": Markup(charts.draw(curves, scale="log", size=(4.4, 3.2), name="narrow", alt=alt)),
+        "wide": charts.draw(curves, scale="log", size=(9.2, 3.5), name="wide", alt=alt),
+        "narrow": charts.draw(curves, scale="log", size=(4.4, 3.2), name="narrow", alt=alt),
     }
 
 
@@ -209,7 +216,7 @@ def _panels(run: Run) -> list[dict[str, Any]]:
         alt = f"{title} by step: from {charts.number(known[0])} to {charts.number(known[-1])}"
         curve = Curve(steps, _values(run.train, key), smooth=key != "lr")
         svg = charts.draw([curve], scale=scale, size=(4.4, 2.3), name=f"panel{len(panels)}", alt=alt, marks=marks)
-        panels.append({"title": title, "note": note, "svg": Markup(svg)})
+        panels.append({"title": title, "note": note, "svg": svg})
     return panels
 
 

@@ -7,17 +7,21 @@ A step that `Guard` refuses changes nothing but the counts in `progress`.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
+import functools
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
-from jaxlm import axes
+from jaxlm import axes, lookup, optim
 from jaxlm.models import Blueprint
 from jaxlm.nn.loss import Sums
 
 State = dict[str, Any]
+Section = Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,52 @@ class Guard:
     patience: int = 20
 
 
+class Parts(NamedTuple):
+    """What a run is made of, before anything is allocated."""
+
+    blueprint: Blueprint
+    task: ModuleType  # the objective's module
+    tx: optax.GradientTransformation
+    rate: Callable  # step -> learning rate
+    guard: Guard
+    update: Callable  # (state, batch) -> (state, metrics), jitted, the state donated
+    shapes: State  # the state's shapes, dtypes and places
+
+
+def assemble(
+    *,
+    model: Section,
+    optimizer: Section,
+    steps: int,
+    vocab: int,
+    mesh: Mesh,
+    rules: Mapping[str, Any],
+    objective: Section = None,
+    guard: Section = None,
+    seed: int = 0,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    dtype: str = "auto",
+) -> Parts:
+    """Turn the config's sections into the parts of a run on `mesh`, within `axes.on(mesh, rules)`.
+
+    `dtype="auto"` computes in float32 on a CPU and in bfloat16 elsewhere. Raises `Mistake` for a key or value that is not.
+    """
+    if dtype == "auto":
+        dtype = "float32" if axes.platform() == "cpu" else "bfloat16"
+    goal = dict(objective or {"name": "clm"})
+    task = lookup.module("jaxlm.objectives", goal.pop("name", "?"))
+    blueprint = Blueprint.of(model or {}, vocab=vocab, dtype=dtype)
+    tx, rate = lookup.spend("config.optimizer", optim.optimizer, optimizer, blueprint.shapes, steps=steps)
+    limits = lookup.spend("config.guard", Guard, guard)
+    loss = functools.partial(task.loss, **goal)
+    function = make(blueprint, tx, loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits)
+    state = shapes(blueprint, tx, mesh, rules, ema=ema)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    update = jax.jit(function, donate_argnums=0, out_shardings=(places, None))
+    return Parts(blueprint, task, tx, rate, limits, update, state)
+
+
 def init(tx: optax.GradientTransformation, params: Any, *, ema: float) -> State:
     """The state before the first step; trace it under jit, so that each device makes only what it holds."""
     zero, whole = jnp.zeros(()), jnp.zeros((), jnp.int32)
@@ -38,7 +88,7 @@ def init(tx: optax.GradientTransformation, params: Any, *, ema: float) -> State:
     return state | {"ema": jax.tree.map(jnp.copy, params)} if ema else state
 
 
-def shapes(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: Mapping, *, ema: float) -> State:
+def shapes(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: Mesh, rules: Mapping, *, ema: float) -> State:
     """The state's shapes, dtypes and places on the mesh, without allocating any of it."""
     state = jax.eval_shape(lambda params: init(tx, params, ema=ema), blueprint.shapes)
     places = axes.shardings(state, mesh, rules)
@@ -85,7 +135,7 @@ def make(
         progress = state["progress"]
         key = jax.random.fold_in(jax.random.key(seed), progress["step"])
         grads, sums = gradients(state["params"], batch, key)
-        norm, mean = optax.global_norm(grads), sums.loss / jnp.maximum(sums.weight, 1.0)
+        norm, mean = optax.tree.norm(grads), sums.loss / jnp.maximum(sums.weight, 1.0)
         spike = (progress["seen"] >= guard.after) & (norm > guard.factor * progress["norm"])
         good = jnp.isfinite(norm) & jnp.isfinite(mean) & (sums.weight > 0) & ~spike
 

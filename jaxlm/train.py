@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-from jaxlm import axes, lookup, optim, report
+from jaxlm import axes, lookup, report
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
@@ -61,24 +61,16 @@ def train(
     grid = lookup.spend("config.mesh", axes.mesh, mesh)
     rules = {**axes.RULES, **(rules or {})}
     when = lookup.spend("config.every", Every, every)
-    goal = dict(objective or {"name": "clm"})
-    task = lookup.module("jaxlm.objectives", goal.pop("name", "?"))
     if batch % accumulate:
         raise Mistake(f"config.batch={batch} is no multiple of config.accumulate={accumulate}")
 
     with axes.on(grid, rules), Stop() as stop:
-        if dtype == "auto":
-            dtype = "float32" if axes.platform() == "cpu" else "bfloat16"
-        blueprint = Blueprint.of(model or {}, vocab=tokens.vocab, dtype=dtype)
-        tx, rate = lookup.spend("config.optimizer", optim.optimizer, optimizer, blueprint.shapes, steps=steps)
-        limits = lookup.spend("config.guard", steps_.Guard, guard)
+        blueprint, task, tx, rate, limits, update, shapes = steps_.assemble(
+            model=model, optimizer=optimizer, objective=objective, guard=guard, steps=steps, vocab=tokens.vocab, mesh=grid,
+            rules=rules, seed=seed, accumulate=accumulate, ema=ema, dtype=dtype,
+        )  # fmt: skip
         stream, features = lookup.spend("config.data", _stream, data, tokens, task, length=length, seed=seed)
         held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, length=length + task.EXTRA)
-        loss = functools.partial(task.loss, **goal)
-        update = steps_.make(blueprint, tx, loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits)
-        shapes = steps_.shapes(blueprint, tx, grid, rules, ema=ema)
-        places = jax.tree.map(lambda x: x.sharding, shapes)
-        update = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
         measure = jax.jit(lambda params, batch: task.loss(blueprint.bind(params), batch))
 
         def evaluate(step: int) -> dict[str, float]:
@@ -101,8 +93,9 @@ def train(
                 log.say(f"going on after step {start} of {steps}")
             else:
                 params = blueprint.init(seed, grid, rules)
+                places = jax.tree.map(lambda x: x.sharding, shapes)
                 state = jax.jit(functools.partial(steps_.init, tx, ema=ema), out_shardings=places)(params)
-                log.say(f"{blueprint.name}: {blueprint.size:,} parameters on {dict(grid.shape)}, {dtype}")
+                log.say(f"{blueprint.name}: {blueprint.size:,} parameters, {blueprint.config.dtype}, on {dict(grid.shape)}")
             local = axes.local_rows(batch, grid, rules)
             batches = rows.batches(stream, batch=batch, start_step=start, rows=local, features=features)
             metrics, found, waited = {}, {}, 0.0

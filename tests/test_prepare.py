@@ -33,6 +33,7 @@ def corpus(tmp_path):
 def small(monkeypatch):
     """Small batches and frequent commits, so that a small corpus takes many of both."""
     monkeypatch.setattr(encode, "BATCH", 500)
+    monkeypatch.setattr(encode, "ALONE", 2)
     monkeypatch.setattr(program, "COMMIT", 800)
 
 
@@ -185,7 +186,8 @@ def test_what_was_skipped_and_cut_is_in_the_manifest(tmp_path, monkeypatch):
 
 def test_an_empty_corpus_is_a_mistake_and_does_not_spoil_the_others(tmp_path):
     (tmp_path / "a.txt").write_text("")
-    sources = dict(b="python-docs:", a=f"text:{tmp_path}/a.txt")
+    (tmp_path / "b.txt").write_text("text")
+    sources = dict(b=f"text:{tmp_path}/b.txt", a=f"text:{tmp_path}/a.txt")
     with pytest.raises(Mistake, match=r"no text to train a tokenizer on in text:"):
         prepare(f"{tmp_path}/a", dict(a=sources["a"]), BYTES, workers=1)
     with pytest.raises(Mistake, match=r"a: text:.* leaves nothing to train on .*'empty': 1"):
@@ -207,10 +209,11 @@ def test_a_sources_name_must_be_a_folders(name, tmp_path):
         prepare(f"{tmp_path}/store", {name: "python-docs:"}, BYTES)
 
 
-def test_a_mistake_in_a_worker_comes_through(corpus, tmp_path):
+def test_a_mistake_in_a_worker_comes_through(corpus, tmp_path, monkeypatch):
     (tmp_path / "train.txt").write_text("abc")
     prepare(f"{tmp_path}/store", dict(a=f"text:{tmp_path}/train.txt"), dict(kind="characters"), workers=1, validation=0)
     sources = dict(docs=f"jsonl:{tmp_path}/docs.jsonl")
+    monkeypatch.setattr(encode, "ALONE", 0)
     with pytest.raises(Mistake, match=r"the character 'd' is not among the 3"):
         prepare(f"{tmp_path}/store", sources, dict(kind="characters"), workers=2, validation=0)
 

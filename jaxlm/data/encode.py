@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+import itertools
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.lookup import Mistake
 
 BATCH = 1 << 18  # characters that a worker encodes at a time
+ALONE = 16  # batches that this process encodes itself before it starts others: small corpora are done by then
 
 Batch = list[tuple[str, str]]  # (split, text)
 
@@ -45,13 +47,12 @@ def encode(
 ) -> Iterator[tuple[int, list[Part]]]:
     """Encode pairs of (training text, validation text), of which `read` were read before.
 
-    Yields how many pairs are read by now, and what came of the latest. One worker is this process itself. Memory is
-    bounded: a few batches for each worker are under way at a time.
+    Yields how many pairs are read by now, and what came of the latest. Memory is bounded: a few batches for each worker
+    are under way at a time.
     """
     batches = _batches(texts, read)
-    if workers == 1:
-        yield from ((read, _encode(tokenizer, batch)) for read, batch in batches)
-        return
+    for read, batch in itertools.islice(batches, None if workers == 1 else ALONE):
+        yield read, _encode(tokenizer, batch)
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of the libraries, held or not
     waiting: deque = deque()
     with ProcessPoolExecutor(workers, context, _start, (tokenizer,)) as pool:

@@ -3,11 +3,10 @@
 Row b holds its tokens in slots 0 .. lengths[b]-1, whatever the other rows do; the next token goes to slot lengths[b]. What lies
 beyond is stale and out of sight of a causal mask, so prompts are padded on the right and nothing marks the padding.
 
-    k_LBKSH   one array, for layers that are scanned         after `unstacked`: a tuple of L arrays [B, K, S, H], for layers in a
-                                                             row; a layer is then read where it lies, where a scan copies it out
+    k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that stand in
+              a row: a layer is then read where it lies, while a scan copies it out
 """
 
-from collections.abc import Callable
 import dataclasses
 
 import jax
@@ -42,35 +41,36 @@ class Cache:
     def write(self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array) -> "Cache":
         """Put T new tokens of one layer behind what each row holds; `grow` then counts them, once all layers have written."""
 
-        def put(old_BKSH, new_BKTH, at=()):
-            new = new_BKTH.astype(old_BKSH.dtype)[(None,) * len(at)]
-            for b in range(k_BKTH.shape[0]):  # a slice per row: updated in place, where a scatter would copy
-                row = jax.lax.slice_in_dim(new, b, b + 1, axis=len(at))
-                old_BKSH = jax.lax.dynamic_update_slice(old_BKSH, row, (*at, b, 0, self.lengths_B[b], 0))
-            return old_BKSH
+        def put(old, new_BKTH):  # a slice per row: updated in place, where a scatter would copy
+            for b, new_KTH in enumerate(new_BKTH.astype(old[0].dtype)):
+                if isinstance(old, tuple):
+                    start = (b * new_KTH.shape[0], self.lengths_B[b], 0)
+                    old = (*old[:layer], jax.lax.dynamic_update_slice(old[layer], new_KTH, start), *old[layer + 1 :])
+                else:
+                    old = jax.lax.dynamic_update_slice(old, new_KTH[None, None], (layer, b, 0, self.lengths_B[b], 0))
+            return old
 
-        if isinstance(self.k_LBKSH, tuple):
-            return self._each(lambda x, new: (*x[:layer], put(x[layer], new), *x[layer + 1 :]), k_BKTH, v_BKTH)
-        return self._each(lambda x, new: put(x, new, (layer,)), k_BKTH, v_BKTH)
+        return dataclasses.replace(self, k_LBKSH=put(self.k_LBKSH, k_BKTH), v_LBKSH=put(self.v_LBKSH, v_BKTH))
 
     def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """One layer's keys and values [B, K, S, H]."""
-        return self.k_LBKSH[layer], self.v_LBKSH[layer]
+        k, v = self.k_LBKSH[layer], self.v_LBKSH[layer]
+        shape = (len(self.lengths_B), -1, *k.shape[-2:])
+        return k.reshape(shape), v.reshape(shape)
 
     def grow(self, tokens: int | jax.Array) -> "Cache":
         """Count `tokens` more slots of each row as taken (a number, or one number per row)."""
         return dataclasses.replace(self, lengths_B=self.lengths_B + tokens)
 
-    def unstacked(self) -> "Cache":
-        """The same with every layer's keys and values an array of its own."""
-        return self._each(lambda x: tuple(x[i] for i in range(x.shape[0])))
-
     def rows(self, index_B: jax.Array) -> "Cache":
-        """The rows of the given numbers, which may repeat."""
-        axis = 0 if isinstance(self.k_LBKSH, tuple) else 1
-        pick = lambda x: jax.tree.map(lambda x: jnp.take(x, index_B, axis), x)  # noqa: E731
-        return dataclasses.replace(self._each(pick), lengths_B=self.lengths_B[index_B])
+        """The rows of the given numbers, which may repeat; for a cache that is stacked."""
+        k_LBKSH, v_LBKSH = self.k_LBKSH, self.v_LBKSH
+        return Cache(jnp.take(k_LBKSH, index_B, axis=1), jnp.take(v_LBKSH, index_B, axis=1), self.lengths_B[index_B])
 
-    def _each(self, change: Callable, k: jax.Array | None = None, v: jax.Array | None = None) -> "Cache":
-        more = ((), ()) if k is None else ((k,), (v,))
-        return dataclasses.replace(self, k_LBKSH=change(self.k_LBKSH, *more[0]), v_LBKSH=change(self.v_LBKSH, *more[1]))
+    def unstacked(self) -> "Cache":
+        """The same with every layer's keys and values in an array of its own."""
+
+        def split(x_LBKSH):
+            return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]) for x_BKSH in x_LBKSH)
+
+        return dataclasses.replace(self, k_LBKSH=split(self.k_LBKSH), v_LBKSH=split(self.v_LBKSH))

@@ -132,6 +132,13 @@ def test_python_docs_are_topics_and_modules_about_two_megabytes():
     assert "Serialize ``obj`` as a JSON formatted stream" in json_module and "import" in json_module
 
 
+def test_no_help_topic_is_a_section_of_another_which_training_saw():
+    topics = [text for text in texts("python-docs:") if "\n****" in text]
+    compound = next(text for text in topics if text.startswith("Compound statements\n***"))
+    section = max(compound.partition('The "try" statement')[2][:5_000].split("\n\n"), key=len)
+    assert "exception" in section and [text for text in topics if section in text] == [compound]
+
+
 def test_python_source_is_code_without_tests():
     found = list(itertools.islice(sources.find("python-source:").read(), 20))
     assert all(compile(document.text, "a", "exec", dont_inherit=True) for document in found[:3])

@@ -85,7 +85,7 @@ def test_killed_at_random_moments_it_ends_in_the_very_same_bytes(tmp_path):
     for _ in range(10):
         process = start(tmp_path / "killed", *arguments)
         try:
-            process.wait(rng.uniform(0.1, 0.5) * seconds)
+            process.wait(rng.uniform(0.1, 0.3) * seconds)
             break
         except subprocess.TimeoutExpired:
             workers = psutil.Process(process.pid).children(recursive=True)

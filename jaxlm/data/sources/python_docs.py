@@ -1,6 +1,6 @@
 """English that ships with every Python: `python-docs:`, the language's help topics and its library's docstrings.
 
-It is 2.3 MB. A topic is a document, and so are all docstrings of one module together, in the order of the code:
+It is 2.2 MB. A topic is a document, and so are all docstrings of one module together, in the order of the code:
 held-out documents are then modules that training never saw, and not methods whose siblings it did.
 """
 
@@ -28,10 +28,21 @@ def _documents(report: Report) -> Iterator[Document]:
 @cache
 def _texts() -> list[str]:
     """All documents; parsing takes seconds, and a source is read more than once."""
+    modules = ("\n\n".join(_docstrings(_parse(name))) for name in python_source.modules())
+    return _topics() + [f"{text}\n" for text in modules if text]
+
+
+def _topics() -> list[str]:
+    """The help topics, but for those that are a section of a longer one: held out, they would be text that was seen."""
     from pydoc_data.topics import topics  # a large module that only this source needs
 
-    modules = ("\n\n".join(_docstrings(_parse(name))) for name in python_source.modules())
-    return [topics[name] for name in sorted(topics)] + [f"{text}\n" for text in modules if text]
+    texts = sorted(set(topics.values()), key=lambda text: (-len(text), text))
+    paragraphs = [set(text.split("\n\n")) for text in texts]
+    return [
+        text
+        for i, text in enumerate(texts)
+        if not any(len(paragraphs[i] & longer) > len(paragraphs[i]) / 2 for longer in paragraphs[:i])
+    ]
 
 
 def _parse(name: Path) -> ast.AST:

@@ -1,0 +1,176 @@
+"""Continue rows of token ids: one prefill, then one token at a time, whole stretches of them without leaving the device.
+
+    engine = Engine(blueprint, params)
+    engine.generate([[5, 6, 7], [8]], Sampling(temperature=0), max_new_tokens=4, stop=[2])      [[9, 4, 4, 1], [3, 3]]
+
+    prefill   the prompts, padded on the right to a bucket, fill the cache; several continuations of a prompt share it
+    decode    read each row's last token, choose the next, write it behind; until `steps` are done or no row is left
+
+Shapes come in buckets (`bucket`) and all else is traced, so that neither a prompt's length nor an option compiles anything anew.
+Token ids in, token ids out: text is `jaxlm.lm`'s.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import axes
+from jaxlm.decode import sampling
+from jaxlm.decode.sampling import Sampling
+from jaxlm.lookup import Mistake
+from jaxlm.models import Blueprint, Tree
+from jaxlm.nn.cache import Cache
+
+STEPS = 32  # tokens between two looks at the host, when nobody waits for them
+
+Watch = Callable[[int, list[int]], bool]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Rows in the making: `tokens_BS` holds prompt and continuation; the cache has read all of a row but its last token."""
+
+    cache: Cache
+    tokens_BS: jax.Array
+    prompts_B: jax.Array  # tokens of each prompt
+    limits_B: jax.Array  # tokens at which a row is full
+    done_B: jax.Array
+    key_B: jax.Array  # each row's own randomness
+
+    @property
+    def lengths_B(self) -> jax.Array:
+        return self.cache.lengths_B + 1
+
+
+def bucket(n: int, least: int = 1, most: int | None = None) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n and `least`, cut off at `most`."""
+    n = max(n, least)
+    power = 1 << (n - 1).bit_length()
+    size = power * 3 // 4 if power > 2 and n <= power * 3 // 4 else power
+    return size if most is None else min(size, most)
+
+
+def unstack(params: Tree) -> Tree:
+    """The blocks' parameters as tuples of L arrays, for layers that stand in a row instead of being scanned.
+
+    A scan copies each layer's weights out of the stack before it uses them, which on a CPU triples the time of a token. On one
+    device the new arrays are views of the old ones.
+    """
+
+    def split(x: jax.Array) -> tuple[jax.Array, ...]:
+        if len(x.devices()) > 1:
+            return tuple(x)
+        return tuple(jax.device_put(layer, x.device) for layer in np.asarray(x))
+
+    return {**params, "blocks": jax.tree.map(split, params["blocks"])}
+
+
+def read(model: Any, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after one more token of each row, and the cache that holds it."""
+    logits_BTV, cache = model(token_B[:, None], cache=cache)
+    return logits_BTV[:, 0], cache
+
+
+class Engine:
+    """A model ready to continue rows. `traces` counts how often each of its programs was traced, that is, compiled."""
+
+    def __init__(self, blueprint: Blueprint, params: Tree):
+        self.blueprint, self.params = blueprint, params
+        self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
+        self.decoding = unstack(params) if self.in_a_row else params
+        self.traces = dict(prefill=0, decode=0)
+        self.prefill = jax.jit(self._prefill, static_argnames="slots")
+        self.decode = jax.jit(self._decode, donate_argnames="state")
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], how: Sampling, *, max_new_tokens: int, copies: int = 1, stop: Sequence[int] = (),
+        seed: int = 0, ids: Sequence[int] | None = None, steps: int = STEPS, watch: Watch | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """Continue each prompt `copies` times, by at most `max_new_tokens` and never beyond the context: rows of new tokens.
+
+        A row ends before a token of `stop`. What it draws depends on `seed`, its prompt's entry in `ids` (its number, unless
+        given), which copy it is, and where in the row it stands. `watch(row, new)` is shown new tokens every `steps` steps,
+        and ends the row by returning True. Raises `Mistake` for a prompt that is empty or leaves no room.
+        """
+        state, count = self.start(prompts, max_new_tokens, copies=copies, seed=seed, ids=ids)
+        stop_V = np.isin(np.arange(self.blueprint.config.vocab), np.asarray(stop, np.int64))
+        how, shown = how.rows(len(state.done_B)), np.asarray(state.prompts_B)
+        while True:
+            state = self.decode(self.decoding, state, how, stop_V, np.int32(steps))
+            tokens, lengths, done = jax.device_get((state.tokens_BS, state.lengths_B, state.done_B))
+            for row in range(count) if watch else ():
+                new = tokens[row, shown[row] : lengths[row]].tolist()
+                done[row] |= bool(new) and watch(row, new)
+            if done.all():
+                return [tokens[row, first : lengths[row]].tolist() for row, first in enumerate(np.asarray(state.prompts_B)[:count])]
+            state, shown = dataclasses.replace(state, done_B=done), lengths
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, copies: int = 1, seed: int = 0, ids: Sequence[int] | None = None
+    ) -> tuple[State, int]:
+        """The state before the first new token, padded to a bucket of rows, and how many rows are real."""
+        context = self.blueprint.config.context
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        if not lengths.all():
+            raise Mistake("a prompt holds no token; it needs one at least")
+        if lengths.max() >= context:
+            raise Mistake(f"a prompt of {lengths.max():,} tokens leaves no room in a context of {context:,}")
+        limits = np.minimum(lengths + max_new_tokens, context)
+        slots = bucket(int(limits.max()), 16, context)
+        tokens_BT = np.zeros((bucket(len(prompts)), bucket(int(lengths.max()), 16, slots)), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, : len(prompt)] = prompt
+        count = len(prompts) * copies
+        origin_B = np.minimum(np.arange(bucket(count)) // copies, len(prompts) - 1)  # which prompt a row continues
+        name_B = np.asarray(range(len(prompts)) if ids is None else ids, np.uint32)[origin_B]
+        copy_B = (np.arange(len(origin_B)) % copies).astype(np.uint32)
+        done_B = np.arange(len(origin_B)) >= count
+        lengths = np.append(lengths, np.ones(len(tokens_BT) - len(lengths), np.int32))
+        same = len(origin_B) == len(tokens_BT) and copies == 1
+        state = self.prefill(
+            self.params, tokens_BT, lengths, limits[origin_B], done_B, np.uint32(seed % 2**32), name_B, copy_B,
+            None if same else origin_B, slots=slots,
+        )  # fmt: skip
+        return state, count
+
+    def _prefill(self, params, tokens_BT, lengths_B, limits_B, done_B, seed, name_B, copy_B, origin_B, *, slots):
+        self.traces["prefill"] += 1
+        model = self.blueprint.bind(params)
+        B, T = tokens_BT.shape
+        cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots))[1]
+        cache = dataclasses.replace(cache, lengths_B=lengths_B - 1)  # the first step of decoding reads the last token again
+        tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, slots - T)))
+        if origin_B is not None:
+            cache, tokens_BS, lengths_B = cache.rows(origin_B), tokens_BS[origin_B], lengths_B[origin_B]
+        key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(name_B)
+        key_B = jax.vmap(jax.random.fold_in)(key_B, copy_B)
+        return State(cache.unstacked() if self.in_a_row else cache, tokens_BS, lengths_B, limits_B, done_B, key_B)
+
+    def _decode(self, params, state: State, how: Sampling, stop_V, steps) -> State:
+        self.traces["decode"] += 1
+        model = self.blueprint.bind(params)
+        row_B = jnp.arange(len(state.done_B))
+
+        def unfinished(carry):
+            state, step = carry
+            return (step < steps) & ~state.done_B.all()
+
+        def extend(carry):
+            state, step = carry
+            tokens_BS, at_B, held = state.tokens_BS, state.lengths_B, state.cache.lengths_B
+            logits_BV, cache = read(model, state.cache, tokens_BS[row_B, at_B - 1])
+            logits_BV = sampling.constrain(logits_BV, tokens_BS, at_B, at_B - state.prompts_B, stop_V, how)
+            token_B = sampling.choose(logits_BV, jax.vmap(jax.random.fold_in)(state.key_B, at_B), how)
+            done_B = state.done_B | stop_V[token_B]
+            tokens_BS = tokens_BS.at[row_B, jnp.where(done_B, tokens_BS.shape[1], at_B)].set(token_B, mode="drop")
+            cache = dataclasses.replace(cache, lengths_B=jnp.where(done_B, held, cache.lengths_B))
+            done_B |= cache.lengths_B + 1 >= state.limits_B
+            return dataclasses.replace(state, cache=cache, tokens_BS=tokens_BS, done_B=done_B), step + 1
+
+        return jax.lax.while_loop(unfinished, extend, (state, jnp.int32(0)))[0]

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Pin every dependency, with hashes, for every supported Python and system:    scripts/lock.sh [--upgrade]
+# Needs `uv` (pip install uv) and the index that your own configuration of it names; none is written to the files.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+lock() {
+  uv pip compile pyproject.toml --quiet --universal --python-version=3.11 --generate-hashes --group=build \
+    --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command=scripts/lock.sh "$@"
+}
+lock --output-file=requirements/core.txt "$@"
+lock --output-file=requirements/test.txt --extra=test --constraint=requirements/core.txt "$@"

@@ -1,0 +1,17 @@
+"""Strict flags for every test, set before anything imports jax; programs that a test starts inherit them."""
+
+import os
+
+from hypothesis import settings
+
+for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",  # a mesh on any machine
+    "JAX_NUMPY_RANK_PROMOTION": "raise",  # x_TD + y_D must say so
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu compiles for a TPU that is not there ...
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # ... in several processes at once
+}.items():
+    os.environ.setdefault(name, value)
+
+settings.register_profile("house", deadline=None)  # the first example compiles
+settings.load_profile("house")

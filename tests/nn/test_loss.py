@@ -1,0 +1,63 @@
+"""The chunked loss is the plain loss: value, gradients and memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.loss import cross_entropy
+
+B, T, D, V = 3, 10, 8, 33
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
+    head = jax.random.normal(jax.random.key(1), (V, D))
+    labels = jax.random.randint(jax.random.key(2), (B, T), 0, V)
+    weights = jnp.asarray(np.random.default_rng(0).choice([0.0, 1.0, 0.5], (B, T)), jnp.float32)
+    return x, head, labels, weights
+
+
+def plain(x, head, labels, weights, label_smoothing=0.0, z_loss=0.0):
+    """From the definition: cross-entropy with a smoothed target distribution, and the z-loss."""
+    logits = jnp.einsum("btd,vd->btv", x, head)
+    target = (1 - label_smoothing) * jax.nn.one_hot(labels, V) + label_smoothing / V
+    loss = -(target * jax.nn.log_softmax(logits)).sum(-1) + z_loss * jax.nn.logsumexp(logits, -1) ** 2
+    return (loss * weights).sum()
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3, 10])
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.2, z_loss=0.1)], ids=str)
+def test_loss_and_gradients_equal_the_plain_ones(inputs, chunk, options):
+    x, head, labels, weights = inputs
+    got = jax.value_and_grad(lambda x, h: 3 * cross_entropy(x, h, labels, weights, chunk=chunk, **options).loss, argnums=(0, 1))
+    want = jax.value_and_grad(lambda x, h: 3 * plain(x, h, labels, weights, **options), argnums=(0, 1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got(x, head), want(x, head))
+
+
+def test_reports_leave_out_smoothing_and_padding(inputs):
+    x, head, labels, weights = inputs
+    sums = cross_entropy(x, head, labels, weights, label_smoothing=0.3, z_loss=0.1, chunk=4)
+    logits = jnp.einsum("btd,vd->btv", x, head)
+    assert sums.nll == pytest.approx(float(plain(x, head, labels, weights)), rel=1e-5)
+    assert sums.correct == pytest.approx(float(((logits.argmax(-1) == labels) * weights).sum()))
+    assert sums.weight == weights.sum()
+
+
+def test_padding_and_its_labels_change_nothing(inputs):
+    x, head, labels, weights = inputs
+    hidden = weights == 0
+    other = cross_entropy(jnp.where(hidden[..., None], 7.0, x), head, jnp.where(hidden, 0, labels), weights)
+    assert other.loss == pytest.approx(float(cross_entropy(x, head, labels, weights).loss), rel=1e-6)
+
+
+def test_the_full_logits_never_exist():
+    B, T, D, V = 4, 1024, 32, 8192
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((B, T, D), "float32"), ((V, D), "float32"), ((B, T), "int32"), ((B, T), "float32"))]
+
+    def temporary(chunk):
+        step = jax.jit(jax.grad(lambda *a: cross_entropy(*a, chunk=chunk).loss, argnums=(0, 1)))
+        return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(32) < B * T * V * 4 / 8 < B * T * V * 4 < temporary(T)

@@ -1,0 +1,224 @@
+"""Promises that every trainable model family keeps. A new file in jaxlm/models joins by being there."""
+
+import dataclasses
+import importlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import axes, lookup
+from jaxlm.models import Blueprint
+from jaxlm.nn.attention import BACKENDS
+from jaxlm.objectives import clm
+
+MODELS = [name for name in lookup.names("jaxlm.models") if hasattr(importlib.import_module(f"jaxlm.models.{name}"), "Model")]
+V, T = 32, 12
+SIZES = dict(layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=32, context=32)
+
+
+def blueprint(name, **more):
+    """A tiny model of a family: of the common sizes, those that its Config knows."""
+    known = {f.name for f in dataclasses.fields(importlib.import_module(f"jaxlm.models.{name}").Config)}
+    return Blueprint.of({"name": name, **{k: v for k, v in SIZES.items() if k in known}, **more}, vocab=V)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def params(name):
+    """Parameters large enough that every part of the model matters to its output."""
+    fresh = blueprint(name).init(seed=1)
+    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+
+@pytest.fixture(scope="module")
+def tokens_BT():
+    return jax.random.randint(jax.random.key(0), (2, T), 0, V)
+
+
+def logits_of(name, params, tokens_BT, **where):
+    more = {"attention": where.pop("backend")} if "backend" in where else {}
+    return jax.jit(lambda p, t, w: blueprint(name, **more).bind(p)(t, **w)[0])(params, tokens_BT, where)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_future_cannot_change_the_past(name, params, tokens_BT, backend):
+    before = logits_of(name, params, tokens_BT, backend=backend)
+    after = logits_of(name, params, tokens_BT.at[:, 7].add(1) % V, backend=backend)
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert np.abs(before[:, 7:] - after[:, 7:]).max(axis=(0, 2)).min() > 1e-4, "and it must change every later token"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_packed_neighbour_changes_nothing(name, params, tokens_BT, backend):
+    segments_BT = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3] * 2)
+    packed = logits_of(name, params, tokens_BT, segments_BT=segments_BT, backend=backend)
+    alone = logits_of(name, params, tokens_BT[:, 5:9], backend=backend)
+    np.testing.assert_allclose(packed[:, 5:9], alone, atol=1e-5)
+    swapped = logits_of(name, params, tokens_BT.at[:, :5].set(3), segments_BT=segments_BT, backend=backend)
+    np.testing.assert_array_equal(packed[:, 5:9], swapped[:, 5:9])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_packed_neighbour_changes_no_gradient(name, params, tokens_BT, backend):
+    """The gradient of two packed documents is the sum of each one's own."""
+    model = blueprint(name, attention=backend)
+
+    def gradient(tokens, segments):
+        row = {"tokens": np.asarray(tokens), "segments": np.asarray(segments)}
+        batch = {k: jnp.asarray(v)[None] for k, v in clm.features(row).items()}
+        return jax.jit(jax.grad(lambda p: clm.loss(model.bind(p), batch).loss))(params)
+
+    document = np.asarray(tokens_BT[0])
+    both = gradient(document, [1] * 5 + [2] * 7)
+    first = gradient(np.pad(document[:5], (0, 7)), [1] * 5 + [0] * 7)
+    second = gradient(np.pad(document[5:], (0, 5)), [1] * 7 + [0] * 5)
+    jax.tree.map(lambda b, x, y: np.testing.assert_allclose(b, x + y, atol=2e-4), both, first, second)
+
+
+def test_one_token_at_a_time_equals_one_pass(name, params, tokens_BT):
+    model = blueprint(name)
+    step = jax.jit(lambda p, t, c: model.bind(p)(t, cache=c))
+    cache, got = model.bind(params).empty_cache(2, 16), []
+    for at in (slice(0, 5), *(slice(t, t + 1) for t in range(5, T))):
+        logits, cache = step(params, tokens_BT[:, at], cache)
+        got.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(got, 1), logits_of(name, params, tokens_BT), atol=1e-5)
+
+
+def test_rows_of_different_lengths_decode_as_if_alone(name, params, tokens_BT):
+    model = blueprint(name).bind(params)
+    _, cache = model(tokens_BT[:, :6], cache=model.empty_cache(2, 16))
+    cache = dataclasses.replace(cache, lengths_B=jnp.asarray([6, 3]))  # the second row's last three were padding
+    logits, _ = model(tokens_BT[:, 6:7], cache=cache)
+    alone = jnp.concatenate([tokens_BT[1:, :3], tokens_BT[1:, 6:7]], axis=1)
+    np.testing.assert_allclose(logits[1], logits_of(name, params, alone)[0, -1:], atol=1e-5)
+
+
+def test_padding_changes_nothing(name, params, tokens_BT):
+    padded = jnp.pad(tokens_BT, ((0, 0), (0, 5)))
+    np.testing.assert_allclose(logits_of(name, params, padded)[:, :T], logits_of(name, params, tokens_BT), atol=1e-5)
+
+
+def test_it_overfits_one_batch(name):
+    import optax
+
+    model = blueprint(name)
+    row = {"tokens": np.random.default_rng(0).integers(0, V, T + 1), "segments": np.ones(T + 1, int)}
+    batch = {k: jnp.asarray(v)[None] for k, v in clm.features(row).items()}
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def update(params, opt):
+        mean, grads = jax.value_and_grad(lambda p: clm.loss(model.bind(p), batch).loss / T)(params)
+        updates, opt = tx.update(grads, opt)
+        return optax.apply_updates(params, updates), opt, mean
+
+    params = model.init(0)
+    opt, first = tx.init(params), None
+    for _ in range(60):
+        params, opt, mean = update(params, opt)
+        first = mean if first is None else first
+    assert first == pytest.approx(np.log(V), rel=0.1), "a fresh model guesses uniformly"
+    assert mean < 0.1
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_no_gradient(name, params, tokens_BT, remat):
+    def gradient(remat):
+        model = blueprint(name, remat=remat)
+        return jax.jit(jax.grad(lambda p: model.bind(p)(tokens_BT)[0].var()))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(remat), gradient("none"))
+
+
+def test_dropout_acts_only_with_a_key_and_differs_by_layer_and_key(name, params, tokens_BT):
+    model = blueprint(name, dropout=0.5)
+    run = jax.jit(lambda p, t, key: model.bind(p)(t, key=key)[0])
+    np.testing.assert_array_equal(model.bind(params)(tokens_BT)[0], blueprint(name).bind(params)(tokens_BT)[0])
+    one, again, other = (run(params, tokens_BT, jax.random.key(k)) for k in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_bfloat16_stays_near_float32_and_gives_float32_logits(name, params, tokens_BT):
+    rounded = blueprint(name, dtype="bfloat16").bind(params)(tokens_BT)[0]
+    exact = logits_of(name, params, tokens_BT)
+    assert rounded.dtype == jnp.float32
+    assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str)
+def test_eight_devices_compute_what_one_does(name, params, sizes):
+    model = blueprint(name)
+    tokens_BT = jax.random.randint(jax.random.key(0), (8, T), 0, V)
+
+    def gradient(p, t):
+        batch = {"tokens": t, "labels": t, "weights": jnp.ones((8, T)), "segments": jnp.ones((8, T), jnp.int32)}
+        return jax.value_and_grad(lambda p: clm.loss(model.bind(p), batch).loss / t.size)(p)
+
+    want, want_grads = jax.jit(gradient)(params, tokens_BT)
+    mesh = axes.mesh(**sizes)
+    with axes.on(mesh):
+        placed = jax.device_put(params, axes.shardings(params, mesh))
+        got, grads = jax.jit(gradient)(placed, axes.put({"tokens": np.asarray(tokens_BT)}, 8, mesh)["tokens"])
+    assert got == pytest.approx(float(want), abs=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, want_grads)
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh(name):
+    mesh = axes.mesh(data=2, fsdp=2, tensor=2)
+    jax.tree.map(np.testing.assert_array_equal, blueprint(name).init(3), blueprint(name).init(3, mesh))
+
+
+def test_layers_are_drawn_apart(name):
+    blocks = blueprint(name).init(0)["blocks"]
+    for path, x in jax.tree_util.tree_leaves_with_path(blocks):
+        assert x.shape[0] == SIZES["layers"]
+        if axes.is_matrix(path):
+            assert not np.array_equal(x[0], x[1]), jax.tree_util.keystr(path)
+
+
+def test_a_name_and_a_shape_agree_for_every_parameter(name):
+    """One letter, one size, in the whole tree; every parameter has a name that places it."""
+    sizes = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(blueprint(name).shapes):
+        letters = axes.of(axes.name_of(path))
+        assert letters, jax.tree_util.keystr(path)
+        for letter, size in zip(letters, x.shape[len(x.shape) - len(letters) :]):
+            assert sizes.setdefault(letter, size) == size, jax.tree_util.keystr(path)
+
+
+def test_a_wrong_shape_is_loud(name, params):
+    model = blueprint(name).bind(params)
+    with pytest.raises(TypeError, match="tokens_BT"):
+        model(jnp.zeros(T, jnp.int32))
+    with pytest.raises(TypeError, match="segments_BT has T=3"):
+        model.hidden(jnp.zeros((2, T), jnp.int32), segments_BT=jnp.ones((2, 3), jnp.int32))
+
+
+def test_gpt2_refuses_more_positions_than_it_learned():
+    with pytest.raises(lookup.Mistake, match=r"33 positions.*context=32"):
+        blueprint("gpt2").bind(blueprint("gpt2").init(0))(jnp.zeros((1, 33), jnp.int32))
+
+
+def test_a_sliding_window_sees_that_many_tokens(tokens_BT):
+    model = Blueprint.of({"name": "llama", **SIZES, "layers": 1, "window": 3}, vocab=V)
+    params = jax.tree.map(lambda x: x + 0.3, model.init(0))
+    before = model.bind(params)(tokens_BT)[0]
+    after = model.bind(params)(tokens_BT.at[:, 4].add(1) % V)[0]
+    changed = np.flatnonzero(np.abs(before - after).max(axis=(0, 2)))
+    assert changed.tolist() == [4, 5, 6]
+
+
+def test_nnx_modules_hold_no_hidden_state(name):
+    """A model is its parameters: nothing else would be saved."""
+    module = importlib.import_module(f"jaxlm.models.{name}")
+    _, params, rest = nnx.split(module.Model(blueprint(name).config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    assert jax.tree.leaves(params) and not jax.tree.leaves(rest)
