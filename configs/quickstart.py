@@ -14,16 +14,17 @@ def get_config(size: str = "full") -> ConfigDict:
         sources=dict(docs="python-docs:"),
         tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab=2048),
         validation=0.05,
+        split_seed=4,  # of a few seeds, the one that holds out nearest to 5 % of the bytes (5.1 %)
     )
     c.model = dict(name="llama", layers=4, width=192, heads=6, kv_heads=6, head_width=32, mlp_width=512, tied=True)
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
     c.length, c.batch = 128, 8
-    c.steps = 2000
+    c.steps = {"full": 2_000, "tiny": 2}[size]
     c.every = dict(log=20, eval=500, save=500)
     c.evaluation = dict(documents=None)
     c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=80)
     if size == "tiny":
-        c.steps, c.batch = 2, 2
+        c.batch = 2
         c.model.update(layers=1, width=32, heads=2, kv_heads=2, head_width=16, mlp_width=64)
         c.samples.tokens = 4
     return c

@@ -1,21 +1,30 @@
 """Configs and flags: `--config=FILE[:size]`, `--config.a.b=value`, `--workdir=DIR`, and a program's own flags.
 
     args = parse(__doc__, argv, data="", stride=256)      args.config, args.workdir, args.data, args.stride
+
+A config file defines `get_config(size)`, which returns an `ml_collections.ConfigDict`. Any key can be set from the command line,
+also one that the file leaves at its default; whoever spends a section refuses what it does not know (`jaxlm.lookup.spend`).
 """
 
+import ast
 from collections.abc import Callable, Sequence
 import json
+from pathlib import Path
+import runpy
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 from absl import flags
-from absl.flags import UnparsedFlagAccessError
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jaxlm.lookup import Mistake, miss
 
+KEYS = (  # of a config's top level; `prepare` and `distributed` are the programs' own, the others `jaxlm.train.train`'s
+    "seed", "store", "prepare", "data", "model", "objective", "optimizer", "steps", "batch", "length", "accumulate", "ema", "dtype",
+    "mesh", "rules", "distributed", "guard", "every", "evaluation", "checkpoint", "samples",
+)  # fmt: skip
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
 
@@ -27,7 +36,7 @@ def parse(doc: str, argv: Sequence[str], *, config: bool = True, workdir: str | 
     """
     values = flags.FlagValues()
     if config:
-        config_flags.DEFINE_config_file("config", None, "FILE.py[:size]; change a key by --config.a.b=value", flag_values=values)
+        flags.DEFINE_string("config", None, "FILE.py[:size]; set any key by --config.a.b=value", flag_values=values)
     if workdir:
         flags.DEFINE_string("workdir", None, f"folder of the run ({workdir})", flag_values=values)
     for name, default in own.items():
@@ -38,62 +47,75 @@ def parse(doc: str, argv: Sequence[str], *, config: bool = True, workdir: str | 
         else:
             DEFINE[kind](name, value, "", flag_values=values)
     if {"--help", "-help", "-h"} & set(argv):
-        print(doc.strip() + "\n\nFlags:\n" + "\n".join(f"  --{n:24}{_about(values[n])}" for n in sorted(own) + ["workdir"] * bool(workdir) + ["config"] * config))
+        print(doc.strip() + "\n\nFlags:\n" + "\n".join(f"  --{name:23} {_about(values[name])}" for name in values))
         sys.exit(0)
-    rest = _read_flags(values, argv, config)
+
+    overrides = [a.lstrip("-") for a in argv if config and a.lstrip("-").startswith("config.")]
+    try:
+        rest = values(["jaxlm", *(a for a in argv if a.lstrip("-") not in overrides)])[1:]
+    except flags.UnrecognizedFlagError as e:
+        raise miss("the command", "--" + e.flagname, ["--" + name for name in values]) from None
+    except flags.Error as e:
+        raise Mistake(str(e)) from None
     if rest:
         raise Mistake(f"unexpected argument {rest[0]!r}; flags are written --name=value")
-    if config and values["config"].value is None:
-        raise Mistake("--config is missing: --config=FILE.py[:size], for example --config=configs/quickstart.py")
     if workdir == "required" and not values["workdir"].value:
         raise Mistake("--workdir is missing: the folder that will hold the run, for example --workdir=runs/first")
-    return SimpleNamespace(**{name: values[name].value for name in values if name in {"config", "workdir", *own}})
+    found = {name: values[name].value for name in values}
+    if config:
+        found["config"] = load(found["config"] or "", overrides)
+    return SimpleNamespace(**found)
 
 
 def _about(flag: flags.Flag) -> str:
-    return " ".join(filter(None, [flag.help, f"(default {flag.value!r})" if flag.value not in (None, "", []) else ""]))
+    default = f"(default {flag.value})" if flag.value not in (None, "", []) else ""
+    return " ".join(filter(None, [(flag.help or "").replace("(no help available)", ""), default]))
 
 
-def _read_flags(values: flags.FlagValues, argv: Sequence[str], config: bool) -> list[str]:
-    sys_argv, sys.argv = sys.argv, ["jaxlm", *argv]  # config_flags looks there for the overrides
+def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of a file, `configs/quickstart.py` or `configs/quickstart.py:tiny`, with keys changed by `config.a.b=value`.
+
+    Raises `Mistake` for a file that is none, and for a key or a value that the config cannot take.
+    """
+    file, colon, size = path.rpartition(":") if ".py:" in path else (path, "", "")
+    if not Path(file).is_file():
+        there = ", ".join(sorted(map(str, Path("configs").rglob("*.py")))) or "none"
+        raise Mistake(f"--config={path or '(missing)'}: no such file; it is FILE.py[:size]. Configs here: {there}")
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise Mistake(f"--config={path}: the file defines no function get_config")
     try:
-        return values(["jaxlm", *argv])[1:]
-    except flags.UnrecognizedFlagError as e:
-        name = e.flagname
-        if name.startswith("config.") and config and values["config"].value is not None:
-            raise _unknown_key(values["config"].value, name) from None
-        raise miss("the command", "--" + name, ["--" + n for n in values if n not in ("?", "help", "helpfull", "helpshort", "helpxml")]) from None
-    except (FileNotFoundError, ModuleNotFoundError) as e:
-        raise Mistake(f"--config: {e}") from None
-    except (flags.Error, UnparsedFlagAccessError, AttributeError, KeyError, TypeError, ValueError) as e:
-        for arg in argv:
-            name = arg.partition("=")[0].lstrip("-")
-            if name.startswith("config.") and values["config"].value is not None and not _has(values["config"].value, name):
-                raise _unknown_key(values["config"].value, name) from None
-        raise Mistake(f"{type(e).__name__}: {e}" if not isinstance(e, ValueError | flags.Error) else str(e)) from None
-    finally:
-        sys.argv = sys_argv
+        config = get_config(size) if colon else get_config()
+    except KeyError as e:  # by convention: c.steps = {"full": 2_000, "tiny": 2}[size]
+        raise Mistake(f"--config={path}: the file knows no size {e}") from None
+    for override in overrides:
+        _set(config, *override.partition("=")[::2])
+    for key in config:
+        if key not in KEYS:
+            raise miss("config", key, KEYS)
+    return config
 
 
-def _has(config: ConfigDict, name: str) -> bool:
-    section: Any = config
-    for part in name.split(".")[1:]:
-        if not isinstance(section, ConfigDict) or part not in section:
-            return False
-        section = section[part]
-    return True
-
-
-def _unknown_key(config: ConfigDict, name: str) -> Mistake:
-    """`config.optim.lrr`: the section where the path breaks, its nearest key and all of its keys."""
-    section, where = config, "config"
-    for part in name.split(".")[1:]:
-        if part not in section:
-            return miss(where, part, section.keys())
-        section, where = section[part], f"{where}.{part}"
-        if not isinstance(section, ConfigDict):
-            return Mistake(f"{name}: {where} is a value ({section!r}), no section")
-    return Mistake(f"{name}: cannot be set")
+def _set(config: ConfigDict, name: str, text: str) -> None:
+    """Set `config.a.b` to what the text says, in the type that the key has."""
+    *sections, key = name.split(".")[1:]
+    for section in sections:
+        if section not in config or config[section] is None:
+            config[section] = ConfigDict()
+        if not isinstance(config[section], ConfigDict):
+            raise Mistake(f"--{name}: {section} is a value ({config[section]!r}), no section")
+        config = config[section]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    old = config.get(key)
+    if isinstance(old, str) and value is not None:
+        value = text
+    try:
+        config[key] = value
+    except TypeError:
+        raise Mistake(f"--{name}={text}: expected a {type(old).__name__} such as {old!r}") from None
 
 
 def write(config: ConfigDict, workdir: str) -> None:

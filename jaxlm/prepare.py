@@ -1,6 +1,6 @@
 """Turn sources of text into a token store: read, split, encode in parallel and append, in bounded memory.
 
-    jaxlm prepare --config=configs/quickstart.py --config.data.store=data/python_docs
+    jaxlm prepare --config=configs/quickstart.py --config.store=data/python_docs
 
 Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so.
 Read `prepare` first.
@@ -8,7 +8,6 @@ Read `prepare` first.
 
 from collections import Counter
 from collections.abc import Mapping
-import inspect
 import itertools
 import os
 import re
@@ -16,6 +15,7 @@ import time
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 import rich.console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -51,11 +51,13 @@ def prepare(
     each (`jaxlm.data.splits`). The store is the same for every number of `workers` (processes; one for each core).
     Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
     """
+    if not store:
+        raise Mistake("config.store is missing: the folder that will hold the tokens, for example data/python_docs")
     splitter = Splitter(split, validation, split_seed)
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
     root = epath.Path(store)
     if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
-        raise Mistake(f"{store} is not empty and no token store; choose another folder for config.data.store")
+        raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
     if overwrite and root.exists():
         print(f"{store}: removed, to be made anew")
         root.rmtree()
@@ -76,7 +78,7 @@ def _cores() -> int:
 
 def _checked_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", name) or name == "tokenizer":
-        raise Mistake(f"config.data.sources: {name!r} cannot be a source's name: it names a folder beside tokenizer/")
+        raise Mistake(f"config.prepare.sources: {name!r} cannot be a source's name: it names a folder beside tokenizer/")
     return name
 
 
@@ -115,7 +117,7 @@ def _same(where: epath.Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
     """Raise `Mistake` when what is at `where` was made otherwise than is asked for now."""
     changed = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in {**was, **now} if was.get(k) != now.get(k)]
     if changed:
-        remedy = "choose another config.data.store, or make it anew with --overwrite"
+        remedy = "choose another config.store, or make it anew with --overwrite"
         raise Mistake(f"{where} was made differently ({'; '.join(changed)}); {remedy}")
 
 
@@ -204,13 +206,12 @@ class _Meter:
 
 
 def main(argv: list[str]) -> None:
-    """Prepare the store of a config, by the keys of `config.data` that `prepare` takes; the others are training's."""
+    """Read the command line and prepare the store of a config."""
     args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0)
-    takes = inspect.signature(prepare).parameters.keys() - {"overwrite"}
-    section = {name: value for name, value in args.config.data.to_dict().items() if name in takes}
+    section = args.config.get("prepare", ConfigDict()).to_dict()
     if args.workers:
         section["workers"] = args.workers
-    spend("config.data", prepare, section, overwrite=args.overwrite)
+    spend("config.prepare", prepare, section, args.config.get("store", ""), overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Run(NamedTuple):
     """What a workdir holds, in the order of the steps: training lines, evaluations by name, samples."""
 
     name: str
+    workdir: str
     train: list[dict[str, Any]]
     evals: dict[str, list[dict[str, Any]]]
     samples: list[dict[str, Any]]
@@ -91,6 +92,7 @@ def _read(workdir: str) -> Run:
     command = folder / "command"
     return Run(
         name=folder.name,
+        workdir=str(workdir),
         train=[train[step] for step in sorted(train)],
         evals={name: [rows[step] for step in sorted(rows)] for name, rows in sorted(evals.items())},
         samples=samples,
@@ -269,10 +271,10 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     return [
         (
             "Train on: the same command resumes from the newest checkpoint",
-            run.command or f"jaxlm train --config=CONFIG --workdir={run.name}",
+            run.command or f"jaxlm train --config=CONFIG --workdir={run.workdir}",
         ),
-        ("Let it write", f"jaxlm generate --workdir={run.name}"),
-        ("Measure it", f"jaxlm evaluate --workdir={run.name}"),
+        ("Let it write", f"jaxlm generate --workdir={run.workdir}"),
+        ("Measure it", f"jaxlm evaluate --workdir={run.workdir}"),
     ]
 
 

@@ -30,7 +30,6 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import rows
 from jaxlm.data.store import Store
 from jaxlm.data.store import open as open_store
-from jaxlm.lm import LM
 from jaxlm.log import Log, lines, setup
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
@@ -127,6 +126,8 @@ def train(
             checkpoints.wait()
             found = found or evaluate(steps)
             if samples and log.writes and jax.process_count() == 1:
+                from jaxlm.lm import LM
+
                 lm = LM(blueprint, state["ema" if ema else "params"], tokens.tokenizer(), None)
                 lookup.spend("config.samples", _sample, samples, lm, workdir, steps)
         if log.writes:
@@ -214,7 +215,7 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
         )
 
 
-def _sample(lm: LM, workdir: str, step: int, *, prompts: list[str], tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> None:
+def _sample(lm: Any, workdir: str, step: int, *, prompts: list[str], tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> None:
     """Continue each prompt and leave the texts in samples.jsonl, for the report."""
     texts = lm.generate(list(prompts), max_new_tokens=tokens, temperature=temperature, seed=seed)
     samples = [dict(step=step, prompt=prompt, text=text) for prompt, text in zip(prompts, texts)]

@@ -227,10 +227,10 @@ def test_the_command_prepares_what_the_config_says(corpus, tmp_path, capsys):
         f"    return ConfigDict(dict(data=dict(store='', sources=dict(docs='jsonl:{tmp_path}/docs.jsonl'),\n"
         "        tokenizer=dict(kind='bytes'), validation=0.1, packing='best_fit')))\n"
     )
-    flags = [f"--config={config}", f"--config.data.store={tmp_path}/store", "--workers=1"]
+    flags = [f"--config={config}", f"--config.store={tmp_path}/store", "--workers=1"]
     program.main(flags)
     assert store.open(f"{tmp_path}/store").manifest("docs")["validation"] == 0.1
     with pytest.raises(Mistake, match=r"validation: 0.1 there, 0.2 now"):
-        program.main([*flags, "--config.data.validation=0.2"])
-    program.main([*flags, "--config.data.validation=0.2", "--overwrite"])
+        program.main([*flags, "--config.prepare.validation=0.2"])
+    program.main([*flags, "--config.prepare.validation=0.2", "--overwrite"])
     assert "tokens/s" in capsys.readouterr().out

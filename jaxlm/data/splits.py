@@ -18,8 +18,8 @@ class Splitter:
 
     def __init__(self, split: str, validation: float, seed: int = 0):
         if not 0 <= validation < 1:
-            raise Mistake(f"config.data.validation is a fraction from 0 to below 1, not {validation}")
-        self.parts = key("config.data.split", split, dict(document=self._by_document, tail=self._by_tail))
+            raise Mistake(f"config.prepare.validation is a fraction from 0 to below 1, not {validation}")
+        self.parts = key("config.prepare.split", split, dict(document=self._by_document, tail=self._by_tail))
         self.validation, self._seed = validation, seed
 
     def _by_document(self, documents: Iterable[Document]) -> Iterator[tuple[str, str]]:

@@ -104,7 +104,7 @@ def open(path: str) -> Store:
     A store with one source missing would train on another mixture than the config asks for, without a word.
     """
     root = epath.Path(path)
-    remedy = f"Make it with: jaxlm prepare --config=FILE --config.data.store={path}"
+    remedy = f"Make it with: jaxlm prepare --config=FILE --config.store={path}"
     if not root.is_dir():
         stores = [p for p in root.parent.iterdir() if (p / "tokenizer").is_dir()] if root.parent.is_dir() else []
         raise Mistake(f"no token store at {path} (stores beside it: {', '.join(map(str, stores)) or 'none'}). {remedy}")

@@ -261,7 +261,7 @@ def test_the_tail_is_the_last_part_of_the_whole_document(piece, monkeypatch):
 
 
 def test_a_fraction_must_be_one():
-    with pytest.raises(Mistake, match=r"config.data.validation is a fraction .* not 5"):
+    with pytest.raises(Mistake, match=r"config.prepare.validation is a fraction .* not 5"):
         Splitter("document", 5)
     with pytest.raises(Mistake, match="did you mean 'document'"):
         Splitter("documents", 0.5)

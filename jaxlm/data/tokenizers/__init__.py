@@ -80,7 +80,7 @@ def load(source: epath.PathLike | Mapping[str, Any]) -> Tokenizer:
 
 
 def train(texts: Iterable[str], spec: Mapping[str, Any]) -> Tokenizer:
-    """Train a tokenizer on `texts`: `spec` is its kind and its training options, as in `config.data.tokenizer`."""
+    """Train a tokenizer on `texts`: `spec` is its kind and its training options, as in `config.prepare.tokenizer`."""
     options = dict(spec)
     if "kind" not in options:
         raise Mistake(f"a tokenizer needs a kind, one of: {', '.join(lookup.names(__name__))}")

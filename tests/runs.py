@@ -1,0 +1,107 @@
+"""Small training runs that the tests share: a corpus, a config, programs started and read."""
+
+import json
+import os
+from pathlib import Path
+import random
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+
+STEPS = 12
+
+
+def settings(*, steps: int = STEPS, total: int | None = None, **changes: Any) -> dict[str, Any]:
+    """The keys of a run with packing, a mixture, dropout, accumulation and a moving average; `total` fixes the schedule."""
+    model = dict(name="llama", layers=2, width=32, heads=4, kv_heads=2, head_width=8, mlp_width=64, dropout=0.1)
+    optimizer = dict(name="adamw", lr=1e-2, schedule="constant", warmup=2, weight_decay=0.1, clip=1.0)
+    keys = dict(
+        model=model, optimizer=optimizer, steps=steps, batch=8, length=32, accumulate=2, ema=0.9, mesh=dict(data=1, fsdp=1, tensor=1),
+        data=dict(weights=dict(prose=2.0, lists=1.0)), every=dict(log=1, eval=6, save=2), evaluation=dict(documents=8),
+    )  # fmt: skip
+    return keys | changes
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(size="full"):
+    from tests.runs import settings
+    return ConfigDict(settings())
+"""
+
+
+def write_corpus(folder: Path) -> dict[str, str]:
+    """Two files of generated documents, the same every time; returns the sources."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(50)]
+
+    def document() -> str:
+        return " ".join(rng.choices(words, k=int(rng.lognormvariate(2.5, 1))))
+
+    for name, count in (("prose", 200), ("lists", 60)):
+        lines = [json.dumps({"text": document() + "."}) for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return {name: f"jsonl:{folder}/{name}.jsonl" for name in ("prose", "lists")}
+
+
+def losses(workdir: Path) -> list[float]:
+    """Every logged training loss, in the order of the steps."""
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["loss"] for line in lines if "eval" not in line}
+    assert list(found) == list(range(1, len(found) + 1)), "each step is logged once, in order"
+    return list(found.values())
+
+
+def arrays(workdir: Path) -> list[np.ndarray]:
+    """Every array of the newest checkpoint, optimizer included."""
+    import orbax.checkpoint as ocp
+
+    steps = sorted(int(p.name) for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit())
+    found = []
+    for part in ("params", "opt", "ema", "progress"):
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.restore((Path(workdir) / "checkpoints" / str(steps[-1]) / part).absolute())
+        import jax
+
+        found += [np.asarray(x) for x in jax.tree.leaves(tree)]
+    return found
+
+
+def command(workdir: Path, store: str, *flags: str) -> list[str]:
+    path = Path(workdir) / "config.py"
+    path.write_text(CONFIG)
+    return [sys.executable, "-m", "jaxlm.train", f"--config={path}", f"--workdir={workdir}", f"--config.store={store}", *flags]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+def run(workdir: Path, store: str, *flags: str, background: bool = False, check: int = 0, **more: str) -> Any:
+    """Run `jaxlm train` in a process of its own: its output, or the process if it stays in the background."""
+    process = subprocess.Popen(
+        command(workdir, store, *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**more)
+    )
+    if background:
+        return process
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == check, output
+    return output
+
+
+def two_processes(workdir: Path, store: str, *flags: str) -> list[str]:
+    """Run `jaxlm train` as two processes that find each other on this machine, and return what they print."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    hosts = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2")
+    flags = ("--config.mesh.data=2", *flags)
+    both = [run(workdir, store, *flags, background=True, **hosts, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    return outputs

@@ -1,0 +1,197 @@
+"""The training promises: the same command resumes bit for bit, on any mesh; nothing silently wrong is trained."""
+
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import checkpoint, config, prepare, train
+from jaxlm.lookup import Mistake, spend
+from tests.runs import CONFIG, STEPS, arrays, losses, run, settings, two_processes, write_corpus
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Two sources of short and long documents, held-out ones included."""
+    folder = tmp_path_factory.mktemp("corpus")
+    sources = write_corpus(folder)
+    prepare.prepare(str(folder / "store"), sources, dict(kind="bytes"), validation=0.2, workers=1)
+    return str(folder / "store")
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    """A run of all its steps at once."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train.train(str(workdir), store=store, **settings())
+    return workdir
+
+
+def test_a_run_in_two_parts_ends_in_the_same_bits(store, whole, tmp_path):
+    """With packing, a mixture, dropout, accumulation and a moving average on."""
+    train.train(str(tmp_path), store=store, **settings(steps=5, total=STEPS))
+    train.train(str(tmp_path), store=store, **settings())
+    for one, two in zip(arrays(whole), arrays(tmp_path), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert losses(whole) == losses(tmp_path)
+
+
+def test_it_learns_and_writes_what_a_workdir_holds(store, whole):
+    train_lines = [line for line in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "eval" not in line]
+    assert train_lines[-1]["loss"] < train_lines[0]["loss"] - 0.3
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "skipped", "wait_s"} <= train_lines[-1].keys()
+    assert list((whole / "events").iterdir()) and (whole / "report.html").stat().st_size > 10_000
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["parameters"] > 0 and 0 < summary["validation_bits_per_byte"] < 8
+
+
+def test_a_finished_run_trains_no_further(store, whole):
+    before = arrays(whole)
+    train.train(str(whole), store=store, **settings())
+    for one, two in zip(before, arrays(whole), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_another_seed_is_another_run(store, whole, tmp_path):
+    train.train(str(tmp_path), store=store, **settings(seed=1))
+    assert losses(whole) != losses(tmp_path)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_it_resumes_on_eight_devices_with_the_same_losses(store, whole, tmp_path, mesh):
+    train.train(str(tmp_path), store=store, **settings(steps=5, total=STEPS))
+    train.train(str(tmp_path), store=store, **settings(mesh=mesh))
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), atol=1e-5)
+
+
+def test_it_resumes_on_two_processes_with_the_same_losses(store, whole, tmp_path):
+    train.train(str(tmp_path), store=store, **settings(steps=5, total=STEPS))
+    two_processes(tmp_path, store)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), atol=1e-5)
+
+
+def test_sigterm_saves_says_so_and_exits_with_zero(store, whole, tmp_path):
+    process = run(tmp_path, store, background=True)
+    while '"step": 3' not in (log := tmp_path / "metrics.jsonl").read_text() if (log := tmp_path / "metrics.jsonl").exists() else True:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saved at step" in output, output
+    assert "going on after step" in run(tmp_path, store)
+    for one, two in zip(arrays(whole), arrays(tmp_path), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def damage_a_byte(folder: Path):
+    largest = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def damage_a_file(folder: Path):
+    max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size).unlink()
+
+
+def cut_a_file_short(folder: Path):
+    largest = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [damage_a_byte, damage_a_file, cut_a_file_short])
+@pytest.mark.parametrize("part", ["params", "opt", "seal"])
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(store, whole, tmp_path, damage, part, caplog):
+    train.train(str(tmp_path), store=store, **settings(steps=8, total=STEPS))
+    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    damage(tmp_path / "checkpoints" / str(steps[-1]) / part)
+    train.train(str(tmp_path), store=store, **settings())
+    assert f"checkpoint of step {steps[-1]} is damaged" in caplog.text
+    assert losses(whole) == losses(tmp_path)
+
+
+def test_when_every_checkpoint_is_damaged_it_says_so_and_touches_nothing(store, tmp_path):
+    train.train(str(tmp_path), store=store, **settings(steps=4, total=STEPS))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        if folder.name.isdigit():
+            damage_a_byte(folder / "params")
+    with pytest.raises(Mistake, match="no checkpoint can be used"):
+        train.train(str(tmp_path), store=store, **settings())
+
+
+def test_restored_parameters_are_the_moving_average(store, whole):
+    from jaxlm.models import Blueprint
+
+    blueprint = Blueprint.of(settings()["model"], vocab=prepare.token_store.open(store).vocab)
+    step, params = checkpoint.restore_params(str(whole), blueprint.shapes)
+    assert step == STEPS
+    state = dict(zip(["ema", "params"], [params, checkpoint_part(whole, "params", blueprint.shapes)]))
+    differs = jax.tree.map(lambda a, b: not np.array_equal(a, b), state["ema"], state["params"])
+    assert any(jax.tree.leaves(differs))
+
+
+def checkpoint_part(workdir, part, shapes):
+    with checkpoint.Checkpoints(str(workdir)) as checkpoints:
+        return checkpoints.restore({part: shapes})[1][part]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model=dict(name="lama")), "did you mean 'llama'"),
+        (dict(model=dict(name="llama", layer=2)), "config.model has no 'layer'; did you mean 'layers'"),
+        (dict(optimizer=dict(name="adamww")), "did you mean 'adamw'"),
+        (dict(optimizer=dict(warm_up=3)), "did you mean 'warmup'"),
+        (dict(data=dict(packing="bestfit")), "did you mean 'best_fit'"),
+        (dict(data=dict(weights=dict(pros=1.0))), "did you mean 'prose'"),
+        (dict(mesh=dict(data=3)), "does not use the 8 devices"),
+        (dict(mesh=dict(tensors=3)), "did you mean 'tensor'"),
+        (dict(accumulate=3), "no multiple of config.accumulate"),
+        (dict(model=dict(name="llama", vocab=100)), "config.model.vocab is 100"),
+        (dict(objective=dict(name="clm", label_smooting=0.1)), "label_smoothing"),
+        (dict(every=dict(logs=1)), "did you mean 'log'"),
+        (dict(guard=dict(patient=1)), "did you mean 'patience'"),
+        (dict(checkpoint=dict(newst=1)), "did you mean 'newest'"),
+        (dict(rules=dict(D="model")), "has no 'model'"),
+        (dict(batches=3), "did you mean 'batch'"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_config_is_answered_before_the_first_step(store, tmp_path, change, message):
+    with pytest.raises(Mistake, match=message):
+        spend("config", train.train, settings() | change, str(tmp_path), store=store)
+    assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_an_unfinished_store_is_never_trained_on(store, tmp_path):
+    manifest = Path(store) / "prose" / "manifest.json"
+    manifest.rename(manifest.with_suffix(".away"))
+    try:
+        with pytest.raises(Mistake, match="jaxlm prepare"):
+            train.train(str(tmp_path), store=store, **settings())
+    finally:
+        manifest.with_suffix(".away").rename(manifest)
+
+
+def test_the_command_line_answers_a_typo_in_one_line(store, tmp_path):
+    output = run(tmp_path, store, "--config.optimizer.warmpu=3", check=2)
+    assert "config.optimizer has no 'warmpu'; did you mean 'warmup'" in output
+    assert "Traceback" not in output
+
+
+def test_every_key_of_a_config_is_one_that_training_takes():
+    import inspect
+
+    takes = set(inspect.signature(train.train).parameters) - {"workdir"}
+    assert takes == set(config.KEYS) - {"prepare", "distributed"}
+
+
+def test_the_config_of_these_tests_is_a_file_like_any_other(store):
+    assert subprocess.run([sys.executable, "-c", CONFIG], capture_output=True).returncode == 0
