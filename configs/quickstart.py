@@ -1,6 +1,6 @@
 """A small Llama on the text that ships with every Python: the first thing to run. Not measured yet.
 
-    bash scripts/quickstart.sh
+bash scripts/quickstart.sh
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,13 @@
-"""The alphabet: one letter per axis, for the whole project; a name that ends in `_BTD` promises an array with those axes.
+"""The alphabet: one letter per axis, for the whole project; a name that ends in `_BTD` promises an array with those
+axes.
 
     B batch   T query length   S key length   D model width   F mlp width   V vocabulary   N query heads
     K key/value heads   G = N/K   H head width   E experts   R LoRA rank   C classes   L layers
 
 The same letters check shapes while tracing (`shaped`) and place every array on the mesh (`shardings`, `constrain`):
-a rule table says which mesh axes may split a letter. Letters are served from the left and a mesh axis serves once, so one
-table does for parameters and activations: `wq_DNH` is split fsdp x tensor, `x_BTD` by batch alone, since B took `fsdp`.
+a rule table says which mesh axes may split a letter. Letters are served from the left and a mesh axis serves once, so
+one table does for parameters and activations: `wq_DNH` is split fsdp x tensor, `x_BTD` by batch alone, since B took
+`fsdp`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -76,8 +78,8 @@ def shaped(fn: Function) -> Function:
 def mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, devices: Any = None) -> Mesh:
     """Arrange the devices (all of them unless given) as data x fsdp x tensor; one size may be -1: what is left.
 
-    Slices are joined by the slow network, so they only ever divide the data axis. Raises `Mistake` when the sizes do not
-    multiply to the number of devices.
+    Slices are joined by the slow network, so they only ever divide the data axis. Sizes that ask for fewer devices than
+    one host has leave the others idle, and the log says so. Raises `Mistake` when the sizes fit the devices in no way.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
@@ -85,8 +87,13 @@ def mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, dev
     free = [axis for axis, n in sizes.items() if n == -1]
     if len(free) == 1 and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
-        raise Mistake(f"mesh {dict(data=data, fsdp=fsdp, tensor=tensor)} does not use the {len(devices)} devices; one may be -1")
+    count = math.prod(sizes.values())
+    if min(sizes.values()) < 1 or count > len(devices) or (count < len(devices) and (free or jax.process_count() > 1)):
+        asked = dict(data=data, fsdp=fsdp, tensor=tensor)
+        raise Mistake(f"config.mesh {asked} does not fit {len(devices)} devices; one size may be -1")
+    if count < len(devices):
+        _say_once(f"config.mesh uses {count} of {len(devices)} devices")
+        devices = devices[:count]
     if sizes["data"] % slices:
         raise Mistake(f"mesh: data={sizes['data']} does not divide over slices={slices}")
     shape = tuple(sizes.values())
@@ -133,8 +140,11 @@ def check_rules(rules: Mapping[str, Any], mesh: Mesh) -> None:
                 raise miss(f"config.rules[{letter!r}]", axis, mesh.shape)
 
 
-def spec(letters: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Any] = RULES, name: str = "") -> PartitionSpec:
-    """Which mesh axes split which of an array's axes. An axis that does not divide is not split; the log says so once."""
+def spec(
+    letters: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Any] = RULES, name: str = ""
+) -> PartitionSpec:
+    """Which mesh axes split which of an array's axes. An axis that does not divide is not split; the log says so once.
+    """
     stacked = len(shape) - len(letters)  # scanned layers have one more leading axis, which is never split
     used, out = set(), [None] * stacked
     for letter, size in zip(letters, shape[stacked:]):
@@ -142,7 +152,8 @@ def spec(letters: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, A
         to = tuple(a for a in ((to,) if isinstance(to, str) else to) if a not in used and mesh.shape[a] > 1)
         ways = math.prod(mesh.shape[a] for a in to)
         if size % ways:
-            _say_once(f"{name or letters}: axis {letter} of size {size} does not divide over {dict(zip(to, map(mesh.shape.get, to)))}; not split")
+            parts = " x ".join(f"{a}={mesh.shape[a]}" for a in to)
+            _say_once(f"{name or letters}: axis {letter} of size {size} does not divide over {parts}; not split")
             to = ()
         used.update(to)
         out.append(None if not to else to[0] if len(to) == 1 else to)
@@ -194,7 +205,9 @@ def local_rows(rows: int, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> list[
     return sorted({index[0].indices(rows)[:2] for index in held if index is not None})
 
 
-def put(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> dict[str, jax.Array]:
+def put(
+    batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh, rules: Mapping[str, Any] = RULES
+) -> dict[str, jax.Array]:
     """Global arrays [rows, ...] split by B, from this process's rows, which lie in the order of `local_rows`."""
     ranges = local_rows(rows, mesh, rules)
     first = dict(zip((start for start, _ in ranges), np.cumsum([0] + [stop - start for start, stop in ranges])))

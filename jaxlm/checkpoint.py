@@ -1,9 +1,10 @@
 """Checkpoints by Orbax: asynchronous, the newest and the best kept, damage found out.
 
-    WORKDIR/checkpoints/STEP/params, opt, ...   the training state, a folder for each of its parts, whatever mesh it was on
-                             seal               a checksum of every array, taken on the devices; restoring must reproduce it
+    WORKDIR/checkpoints/STEP/params, opt, ...   the training state, a folder a part, whatever mesh it was on
+                             seal               a checksum of every array, which restoring must reproduce
 
-A checkpoint that is incomplete, unreadable or does not match its seal is skipped with a warning, and the next older one is used.
+A checkpoint that is incomplete, unreadable or does not match its seal is skipped with a warning, and the next older one
+is used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,6 @@ class DiskFull(Mistake):
     """A save that did not fit; what was saved before is untouched."""
 
 
-@jax.jit
 def _sum_bits(x: jax.Array) -> jax.Array:
     """A uint32 sum over an array's bits, each element weighted by its place: the same however the array is split."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -45,8 +45,13 @@ def _sum_bits(x: jax.Array) -> jax.Array:
 
 def seal(state: Any) -> dict[str, int]:
     """A checksum of every array in a tree, by path."""
-    found = [(jax.tree_util.keystr(path), _sum_bits(x)) for path, x in jax.tree_util.tree_leaves_with_path(state)]
-    return {path: int(value) for path, value in found}
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return dict(zip(paths, map(int, _sums(state)), strict=True))
+
+
+@jax.jit
+def _sums(state: Any) -> list[jax.Array]:
+    return [_sum_bits(x) for x in jax.tree.leaves(state)]
 
 
 class Checkpoints:
@@ -60,7 +65,11 @@ class Checkpoints:
         self._better = min if mode == "min" else max
         policies: list[Any] = [keep.LatestN(newest)]
         if best:
-            policies.append(keep.BestN(get_metric_fn=self._score, reverse=mode == "min", n=best, keep_checkpoints_without_metrics=False))
+            policies.append(
+                keep.BestN(
+                    get_metric_fn=self._score, reverse=mode == "min", n=best, keep_checkpoints_without_metrics=False
+                )
+            )
         self._manager = ocp.CheckpointManager(
             epath.Path(workdir).resolve() / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -84,7 +93,9 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Copy the state off the devices and write it in the background. Raises `DiskFull` when it, or the save before it, did not fit."""
+        """Copy the state off the devices and write it in the background. Raises `DiskFull` when it, or the save before
+        it, did not fit.
+        """
         with _explain_full_disk():
             self._manager.check_for_errors()
             parts = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
@@ -99,8 +110,8 @@ class Checkpoints:
     def restore(self, shapes: Mapping[str, Any], steps: Sequence[int] | None = None) -> tuple[int, Any] | None:
         """The newest good state, placed as `shapes` (with shardings) says, and its step; None where there is none.
 
-        `shapes` may name some parts of the state only. Raises `Mistake` when checkpoints exist (of `steps`, if given) and every
-        one is damaged or of another model.
+        `shapes` may name some parts of the state only. Raises `Mistake` when checkpoints exist (of `steps`, if given)
+        and every one is damaged or of another model.
         """
         reasons = []
         for step in reversed(self.steps()) if steps is None else steps:
@@ -110,7 +121,9 @@ class Checkpoints:
                 reasons.append(f"step {step}: {_first_line(e)}")
                 log.warning("checkpoint of step %d is damaged and is skipped (%s)", step, _first_line(e))
         if reasons:
-            raise Mistake("no checkpoint can be used; move the folder `checkpoints` away to start afresh. " + "; ".join(reasons))
+            raise Mistake(
+                "no checkpoint can be used; move the folder `checkpoints` away to start afresh. " + "; ".join(reasons)
+            )
         return None
 
     def _read(self, step: int, shapes: Mapping[str, Any]) -> Any:
@@ -128,12 +141,19 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the best metric among those saved with one."""
-        scores = {step: self._score(self._manager.metrics(step)) for step in self.steps() if self._manager.metrics(step)}
+        scores = {
+            step: self._score(self._manager.metrics(step)) for step in self.steps() if self._manager.metrics(step)
+        }
         return self._better(scores, key=scores.__getitem__) if scores else None
 
 
 def restore_params(
-    workdir: str, shapes: Any, *, step: str | int = "newest", mesh: Mesh | None = None, rules: Mapping[str, Any] = axes.RULES
+    workdir: str,
+    shapes: Any,
+    *,
+    step: str | int = "newest",
+    mesh: Mesh | None = None,
+    rules: Mapping[str, Any] = axes.RULES,
 ) -> tuple[int, Any]:
     """The parameters alone (their moving average where one was kept), for evaluation and serving: (step, tree).
 
@@ -147,12 +167,16 @@ def restore_params(
             steps = [checkpoints.best() or steps[-1]]
         elif step != "newest":
             if not str(step).isdigit() or int(step) not in steps:
-                raise Mistake(f"{workdir} has no checkpoint {step!r}; choices: newest, best, {', '.join(map(str, steps))}")
+                raise Mistake(
+                    f"{workdir} has no checkpoint {step!r}; choices: newest, best, {', '.join(map(str, steps))}"
+                )
             steps = [int(step)]
         mesh = mesh or axes.mesh(devices=jax.local_devices()[:1])
         part = "ema" if "ema" in checkpoints.parts(steps[-1]) else "params"
         placed = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, axes.shardings(shapes, mesh, rules)
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            shapes,
+            axes.shardings(shapes, mesh, rules),
         )
         number, state = checkpoints.restore({part: placed}, steps[::-1]) or (0, {})
         return number, state[part]
@@ -164,8 +188,16 @@ def _explain_full_disk():
         yield
     except Exception as e:
         text = " ".join(str(x) for x in (e, e.__cause__, e.__context__))
-        if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in text or "RESOURCE_EXHAUSTED" in text or "ENOSPC" in text:
-            raise DiskFull("the disk is full: the last checkpoint was not saved; the ones before it are intact. Free some space and run the same command again") from e
+        if (
+            getattr(e, "errno", None) == errno.ENOSPC
+            or "No space left" in text
+            or "RESOURCE_EXHAUSTED" in text
+            or "ENOSPC" in text
+        ):
+            raise DiskFull(
+                "the disk is full: the last checkpoint was not saved; the ones before it are intact. "
+                "Free some space and run the same command again"
+            ) from e
         raise
 
 

@@ -2,8 +2,9 @@
 
     args = parse(__doc__, argv, data="", stride=256)      args.config, args.workdir, args.data, args.stride
 
-A config file defines `get_config(size)`, which returns an `ml_collections.ConfigDict`. Any key can be set from the command line,
-also one that the file leaves at its default; whoever spends a section refuses what it does not know (`jaxlm.lookup.spend`).
+A config file defines `get_config(size)`, which returns an `ml_collections.ConfigDict`. Any key can be set from the
+command line, also one that the file leaves at its default; whoever spends a section refuses what it does not know
+(`jaxlm.lookup.spend`).
 """
 
 import ast
@@ -22,17 +23,20 @@ from ml_collections import ConfigDict
 from jaxlm.lookup import Mistake, miss
 
 KEYS = (  # of a config's top level; `prepare` and `distributed` are the programs' own, the others `jaxlm.train.train`'s
-    "seed", "store", "prepare", "data", "model", "objective", "optimizer", "steps", "batch", "length", "accumulate", "ema", "dtype",
-    "mesh", "rules", "distributed", "guard", "every", "evaluation", "checkpoint", "samples",
+    "seed", "store", "prepare", "data", "model", "objective", "optimizer", "steps", "batch", "length", "accumulate",
+    "ema", "dtype", "mesh", "rules", "distributed", "guard", "every", "evaluation", "checkpoint", "samples",
 )  # fmt: skip
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
 
-def parse(doc: str, argv: Sequence[str], *, config: bool = True, workdir: str | None = "required", **own: Any) -> SimpleNamespace:
-    """Read a program's arguments: its own flags are given by name and default (a list: may be repeated; a type: no default).
+def parse(
+    doc: str, argv: Sequence[str], *, config: bool = True, workdir: str | None = "required", **own: Any
+) -> SimpleNamespace:
+    """Read a program's arguments: its own flags are given by name and default (a list: may be repeated; a type: no
+    default).
 
-    Raises `Mistake` for an unknown flag or config key (with the nearest spelling), a bad value, or a missing required flag;
-    prints the program's docstring and flags and exits on --help.
+    Raises `Mistake` for an unknown flag or config key (with the nearest spelling), a bad value, or a missing required
+    flag; prints the program's docstring and flags and exits on --help.
     """
     values = flags.FlagValues()
     if config:
@@ -73,7 +77,8 @@ def _about(flag: flags.Flag) -> str:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config of a file, `configs/quickstart.py` or `configs/quickstart.py:tiny`, with keys changed by `config.a.b=value`.
+    """The config of a file, `configs/quickstart.py` or `configs/quickstart.py:tiny`, with keys changed by
+    `config.a.b=value`.
 
     Raises `Mistake` for a file that is none, and for a key or a value that the config cannot take.
     """
@@ -128,7 +133,9 @@ def read(workdir: str) -> ConfigDict:
     """The config that a workdir was trained with. Raises `Mistake` when the folder is no workdir."""
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
-        raise Mistake(f"{workdir} is no workdir: it has no config.json (a workdir is what `jaxlm train --workdir` writes)")
+        raise Mistake(
+            f"{workdir} is no workdir: it has no config.json (a workdir is what `jaxlm train --workdir` writes)"
+        )
     return ConfigDict(json.loads(path.read_text()))
 
 

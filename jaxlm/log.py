@@ -1,8 +1,8 @@
 """What a run says: metrics as JSON lines and TensorBoard events, a progress bar on a terminal, plain lines elsewhere.
 
-    with Log(workdir, start_step=500, steps=2000) as log:      lines of steps beyond 500, from a run that died, are dropped
-        log.train(501, dict(loss=2.1, lr=1e-3), tokens=12_288)
-        log.evaluation(1000, "docs", dict(loss=1.9, bits_per_byte=1.7))
+with Log(workdir, start_step=500, steps=2000) as log:      lines of steps beyond 500, from a run that died, are dropped
+    log.train(501, dict(loss=2.1, lr=1e-3), tokens=12_288)
+    log.evaluation(1000, "docs", dict(loss=1.9, bits_per_byte=1.7))
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-PEAK_FLOPS = {  # dense bfloat16 FLOP/s of one device, as their makers publish it; devices that are not here report no MFU
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s of one device, as the makers publish it; other devices report no MFU
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 2307e12,
     "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
 }  # fmt: skip
@@ -65,9 +65,13 @@ class Log:
         self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=start_step + 1 if start_step else None)
         self._console = Console()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self._console,
-            disable=not self._console.is_terminal, transient=False,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
         self._task = self._bar.add_task("train", total=steps, completed=start_step)
 
     def __enter__(self) -> "Log":
@@ -97,7 +101,8 @@ class Log:
         self._last_time, self._tokens = time.monotonic(), 0
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a step, with tokens/s since the last such line, MFU and memory where the device tells."""
+        """Write the metrics of a step, with tokens/s since the last such line, MFU and memory where the device tells.
+        """
         now = time.monotonic()
         self.tokens_per_s = self._tokens / max(now - self._last_time, 1e-9)
         self._last_time, self._tokens = now, 0

@@ -1,6 +1,7 @@
-"""A folder is a registry: find a module, a key or a parameter by name; a miss lists the choices and the nearest spelling.
+"""A folder is a registry: find a module, a key or a parameter by name; a miss lists the choices and the nearest
+spelling.
 
-    module("jaxlm.models", "gtp2")   Mistake: jaxlm.models has no 'gtp2'; did you mean 'gpt2'? Choices: gpt2, llama
+module("jaxlm.models", "gtp2")   Mistake: jaxlm.models has no 'gtp2'; did you mean 'gpt2'? Choices: gpt2, llama
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,9 @@ class Mistake(ValueError):
 
 
 def miss(where: str, name: object, choices: Iterable[str]) -> Mistake:
-    """The error for a name that is not among `choices`: names the place, the value, the nearest spelling and all choices."""
+    """The error for a name that is not among `choices`: names the place, the value, the nearest spelling and all
+    choices.
+    """
     choices = sorted(map(str, choices))
     near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -25,7 +28,8 @@ def miss(where: str, name: object, choices: Iterable[str]) -> Mistake:
 
 
 def names(package: str) -> list[str]:
-    """The modules in a package's folder: its registry. `python_docs` is written `python-docs` by users; both are found."""
+    """The modules in a package's folder: its registry. `python_docs` is written `python-docs` by users; both are found.
+    """
     return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name[0] != "_")
 
 
@@ -47,12 +51,14 @@ def key(where: str, name: str, table: Mapping[str, Any]) -> Any:
 def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: Any, **more: Any) -> Any:
     """Call `fn(*given, **more, **section)`, where `section` is a part of the config named `where`.
 
-    Raises `Mistake` for a key that `fn` does not take (with the nearest spelling) and for a required one that is missing,
-    so that every key in a config is either used or refused.
+    Raises `Mistake` for a key that `fn` does not take (with the nearest spelling) and for a required one that is
+    missing, so that every key in a config is either used or refused.
     """
-    parameters = list(inspect.signature(fn).parameters.values())[len(given):]
+    parameters = list(inspect.signature(fn).parameters.values())[len(given) :]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    takes = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in more}
+    takes = {
+        p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in more
+    }
     section = dict(section or {})
     for name in section:
         if name not in takes and not open_ended:

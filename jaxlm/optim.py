@@ -1,6 +1,6 @@
 """Optimisers by their Optax name, learning-rate schedules, and what decays.
 
-    optimizer(shapes, name="adamw", lr=1e-3, schedule="cosine", warmup=100, steps=2000, weight_decay=0.1, clip=1.0)
+optimizer(shapes, name="adamw", lr=1e-3, schedule="cosine", warmup=100, steps=2000, weight_decay=0.1, clip=1.0)
 """
 
 from collections.abc import Callable
@@ -22,7 +22,9 @@ SCHEDULES: dict[str, Callable] = {
 }
 
 
-def learning_rate(name: str, lr: float, steps: int, warmup: int = 0, final: float = 0.1, decay: float = 0.2) -> Callable:
+def learning_rate(
+    name: str, lr: float, steps: int, warmup: int = 0, final: float = 0.1, decay: float = 0.2
+) -> Callable:
     """Learning rate by step: linear warm-up to `lr`, then by `name` down to `final * lr` at the last step.
 
     `rsqrt` falls as 1/sqrt(step) from the end of the warm-up on, whatever `steps` is (arXiv:1910.10683, section 3.1.2).
@@ -46,14 +48,15 @@ def learning_rate(name: str, lr: float, steps: int, warmup: int = 0, final: floa
 
 
 def optimizer(
-    shapes: Any, *, steps: int, name: str = "adamw", lr: float = 1e-3, schedule: str = "cosine", warmup: int = 0, final: float = 0.1,
-    decay: float = 0.2, weight_decay: float = 0.0, clip: float = 0.0, **options: Any,
+    shapes: Any, *, steps: int, name: str = "adamw", lr: float = 1e-3, schedule: str = "cosine", warmup: int = 0,
+    final: float = 0.1, decay: float = 0.2, weight_decay: float = 0.0, clip: float = 0.0, **options: Any,
 ) -> tuple[optax.GradientTransformation, Callable]:  # fmt: skip
     """The gradient transformation for parameters of these shapes, and the learning rate by step.
 
-    `name` is any optimiser of Optax that takes a learning rate, and `options` are its own keywords. Weight decay is decoupled for
-    all of them: each step takes lr x weight_decay x the parameter off matrices and embeddings, nothing off vectors and norms.
-    Muon turns the matrices; embeddings and vectors get Adam. Raises `Mistake` for an unknown name or option.
+    `name` is any optimiser of Optax that takes a learning rate, and `options` are its own keywords. Weight decay is
+    decoupled for all of them: each step takes lr x weight_decay x the parameter off matrices and embeddings, nothing
+    off vectors and norms. Muon turns the matrices; embeddings and vectors get Adam. Raises `Mistake` for an unknown
+    name or option.
     """
     make = lookup.key("config.optim.name", name, _optimizers())
     rate = learning_rate(schedule, lr, steps, warmup, final, decay)
@@ -65,7 +68,9 @@ def optimizer(
     parts = [
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         lookup.spend("config.optim", make, {"learning_rate": rate, **options}),
-        optax.add_decayed_weights(lambda step: -weight_decay * rate(step), decays) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(lambda step: -weight_decay * rate(step), decays)
+        if weight_decay
+        else optax.identity(),
     ]
     return optax.chain(*parts), rate
 
@@ -90,6 +95,8 @@ def muon_dimensions(params: Any) -> Any:
         first, second = axes.cut(letters)
         stacked = x.ndim - len(letters)
         split = stacked + len(first)
-        return optax.contrib.MuonDimensionNumbers(tuple(range(stacked, split)), tuple(range(split, split + len(second))))
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(stacked, split)), tuple(range(split, split + len(second)))
+        )
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -2,8 +2,8 @@
 
     jaxlm plan --config=configs/pretrain/python_docs.py --topology=v5e:4x4 --slices=2 --config.mesh.fsdp=16
 
-The topology is a TPU's (v4, v5e, v5p, v6e, ...) and needs libtpu: pip install "jaxlm[tpu]". Without one, the devices of this
-machine. Nothing is allocated: weights and batch are shapes.
+The topology is a TPU's (v4, v5e, v5p, v6e, ...) and needs libtpu: pip install "jaxlm[tpu]". Without one, the devices of
+this machine. Nothing is allocated: weights and batch are shapes.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,9 @@ from jaxlm.lookup import Mistake
 
 
 def devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of a TPU topology such as `v5e:4x4`. Raises `Mistake` without libtpu, or for a topology it does not know."""
+    """The devices of a TPU topology such as `v5e:4x4`. Raises `Mistake` without libtpu, or for a topology it does not
+    know.
+    """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for the TPU machine that this is not
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
@@ -36,7 +38,9 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
         raise Mistake(f"--topology={topology}: {str(e).splitlines()[0]}{hint}") from e
 
 
-def compile_step(config: Mapping[str, Any], where: list[Any], *, vocab: int, slices: int = 1) -> tuple[step.Parts, jax.stages.Compiled]:
+def compile_step(
+    config: Mapping[str, Any], where: list[Any], *, vocab: int, slices: int = 1
+) -> tuple[step.Parts, jax.stages.Compiled]:
     """The parts of a run and its train step, compiled for these devices by the real compiler."""
     mesh = lookup.spend("config.mesh", axes.mesh, {**config.get("mesh", {}), "slices": slices}, devices=where)
     rules = {**axes.RULES, **config.get("rules", {})}
@@ -44,7 +48,9 @@ def compile_step(config: Mapping[str, Any], where: list[Any], *, vocab: int, sli
     with axes.on(mesh, rules):
         parts = step.assemble(vocab=vocab, mesh=mesh, rules=rules, **{n: config[n] for n in names if n in config})
         rows, length = config["batch"], config["length"]
-        example = parts.task.features({n: jnp.zeros(length + parts.task.EXTRA, jnp.int32) for n in ("tokens", "segments")})
+        example = parts.task.features(
+            {n: jnp.zeros(length + parts.task.EXTRA, jnp.int32) for n in ("tokens", "segments")}
+        )
         place = NamedSharding(mesh, axes.spec("B", (rows,), mesh, rules))
         batch = {n: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=place) for n, x in example.items()}
         return parts, parts.update.lower(parts.shapes, batch).compile()

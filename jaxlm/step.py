@@ -26,7 +26,8 @@ Section = Mapping[str, Any] | None
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """Which steps are skipped: those with a loss or gradient that is not finite, or a gradient norm of `factor` times its
+    """Which steps are skipped: those with a loss or gradient that is not finite, or a gradient norm of `factor` times
+    its
     running mean (looked for once `after` steps were good). `patience` skipped steps in a row end the run."""
 
     factor: float = 10.0
@@ -63,7 +64,8 @@ def assemble(
 ) -> Parts:
     """Turn the config's sections into the parts of a run on `mesh`, within `axes.on(mesh, rules)`.
 
-    `dtype="auto"` computes in float32 on a CPU and in bfloat16 elsewhere. Raises `Mistake` for a key or value that is not.
+    `dtype="auto"` computes in float32 on a CPU and in bfloat16 elsewhere. Raises `Mistake` for a key or value that is
+    not.
     """
     if dtype == "auto":
         dtype = "float32" if axes.platform() == "cpu" else "bfloat16"
@@ -82,8 +84,8 @@ def assemble(
 
 def init(tx: optax.GradientTransformation, params: Any, *, ema: float) -> State:
     """The state before the first step; trace it under jit, so that each device makes only what it holds."""
-    zero, whole = jnp.zeros(()), jnp.zeros((), jnp.int32)
-    progress = dict(step=whole, skipped=whole, in_row=whole, seen=whole, norm=zero)
+    progress: State = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "in_row", "seen")}
+    progress["norm"] = jnp.zeros(())
     state = dict(params=params, opt=tx.init(params), progress=progress)
     return state | {"ema": jax.tree.map(jnp.copy, params)} if ema else state
 
@@ -103,12 +105,12 @@ def make(
     seed: int,
     accumulate: int = 1,
     ema: float = 0.0,
-    guard: Guard = Guard(),  # noqa: B008
+    guard: Guard = Guard(),
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    `loss(model, batch, key)` gives sums over tokens (`jaxlm.nn.loss.Sums`). The batch is cut in `accumulate` parts, whose
-    gradients are summed and divided by the real tokens of the whole batch.
+    `loss(model, batch, key)` gives sums over tokens (`jaxlm.nn.loss.Sums`). The batch is cut in `accumulate` parts,
+    whose gradients are summed and divided by the real tokens of the whole batch.
     """
 
     def gradients(params, batch, key):
@@ -158,12 +160,20 @@ def make(
             norm=jnp.where(good, blend, progress["norm"]),
         )
         per_token = jnp.maximum(sums.weight, 1.0)
-        metrics = dict(loss=sums.nll / per_token, objective=mean, accuracy=sums.correct / per_token, grad_norm=norm, tokens=sums.weight)
+        metrics = dict(
+            loss=sums.nll / per_token,
+            objective=mean,
+            accuracy=sums.correct / per_token,
+            grad_norm=norm,
+            tokens=sums.weight,
+        )
         return new, metrics | dict(skipped=new["progress"]["skipped"], in_row=new["progress"]["in_row"])
 
     return step
 
 
 def _interleave(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B / parts, ...], row i to part i mod parts, so that each part lies on the devices as the whole did."""
+    """[B, ...] -> [parts, B / parts, ...], row i to part i mod parts, so that each part lies on the devices as the
+    whole did.
+    """
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

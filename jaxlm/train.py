@@ -4,7 +4,8 @@
     jaxlm train --config=configs/quickstart.py:tiny --workdir=/tmp/try --config.optim.lr=3e-4
 
 On several hosts, run it on each; the hosts find each other on Cloud TPU by --config.distributed=True, and elsewhere by
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Read `train` from top to bottom; the gradient is in `jaxlm.step`.
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Read `train` from top to bottom; the gradient is in
+`jaxlm.step`.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import rows
 from jaxlm.data.store import Store
 from jaxlm.data.store import open as open_store
+from jaxlm.lm import LM
 from jaxlm.log import Log, lines, setup
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
@@ -48,9 +50,9 @@ class Every:
 
 def train(
     workdir: str, *, store: str, model: Section, optimizer: Section, steps: int, batch: int, length: int, seed: int = 0,
-    objective: Section = None, data: Section = None, accumulate: int = 1, ema: float = 0.0, dtype: str = "auto", mesh: Section = None,
-    rules: Section = None, guard: Section = None, every: Section = None, evaluation: Section = None, checkpoint: Section = None,
-    samples: Section = None,
+    objective: Section = None, data: Section = None, accumulate: int = 1, ema: float = 0.0, dtype: str = "auto",
+    mesh: Section = None, rules: Section = None, guard: Section = None, every: Section = None,
+    evaluation: Section = None, checkpoint: Section = None, samples: Section = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train to `steps` and return the last evaluation. The arguments are the config's keys; README explains each.
 
@@ -65,8 +67,8 @@ def train(
 
     with axes.on(grid, rules), Stop() as stop:
         blueprint, task, tx, rate, limits, update, shapes = steps_.assemble(
-            model=model, optimizer=optimizer, objective=objective, guard=guard, steps=steps, vocab=tokens.vocab, mesh=grid,
-            rules=rules, seed=seed, accumulate=accumulate, ema=ema, dtype=dtype,
+            model=model, optimizer=optimizer, objective=objective, guard=guard, steps=steps, vocab=tokens.vocab,
+            mesh=grid, rules=rules, seed=seed, accumulate=accumulate, ema=ema, dtype=dtype,
         )  # fmt: skip
         stream, features = lookup.spend("config.data", _stream, data, tokens, task, length=length, seed=seed)
         held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, length=length + task.EXTRA)
@@ -80,7 +82,9 @@ def train(
                 log.evaluation(step, name, found)
                 total |= {f"{name}/{key}": value for key, value in found.items()}
             means = [key.partition("/")[2] for key in total]
-            return total | {key: float(np.mean([v for k, v in total.items() if k.endswith("/" + key)])) for key in means}
+            return total | {
+                key: float(np.mean([v for k, v in total.items() if k.endswith("/" + key)])) for key in means
+            }
 
         checkpoints = lookup.spend("config.checkpoint", Checkpoints, checkpoint, workdir)
         restored = checkpoints.restore(shapes)
@@ -94,7 +98,9 @@ def train(
                 params = blueprint.init(seed, grid, rules)
                 places = jax.tree.map(lambda x: x.sharding, shapes)
                 state = jax.jit(functools.partial(steps_.init, tx, ema=ema), out_shardings=places)(params)
-                log.say(f"{blueprint.name}: {blueprint.size:,} parameters, {blueprint.config.dtype}, on {dict(grid.shape)}")
+                log.say(
+                    f"{blueprint.name}: {blueprint.size:,} parameters, {blueprint.config.dtype}, on {dict(grid.shape)}"
+                )
             local = axes.local_rows(batch, grid, rules)
             batches = rows.batches(stream, batch=batch, start_step=start, rows=local, features=features)
             metrics, found, waited = {}, {}, 0.0
@@ -113,7 +119,7 @@ def train(
                     numbers = {key: float(value) for key, value in metrics.items()}
                     log.train(step, numbers | {"lr": float(rate(step - 1)), "wait_s": waited})
                     metrics, waited = {}, 0.0
-                if (when.eval and step % when.eval == 0 or last) and not stopping:
+                if ((when.eval and step % when.eval == 0) or last) and not stopping:
                     found = evaluate(step)
                     log.pause()
                 if (when.save and step % when.save == 0) or last or stopping:
@@ -126,8 +132,6 @@ def train(
             checkpoints.wait()
             found = found or evaluate(steps)
             if samples and log.writes and jax.process_count() == 1:
-                from jaxlm.lm import LM
-
                 lm = LM(blueprint, state["ema" if ema else "params"], tokens.tokenizer(), None)
                 lookup.spend("config.samples", _sample, samples, lm, workdir, steps)
         if log.writes:
@@ -155,7 +159,14 @@ class Stop:
 
 
 def _stream(
-    store: Store, task: Any, *, length: int, seed: int, weights: Section = None, packing: str = "best_fit", isolate: bool = True
+    store: Store,
+    task: Any,
+    *,
+    length: int,
+    seed: int,
+    weights: Section = None,
+    packing: str = "best_fit",
+    isolate: bool = True,
 ) -> tuple[Any, Callable]:
     """The endless stream of training rows, and what turns a row into an example.
 
@@ -170,14 +181,23 @@ def _stream(
     return stream, features
 
 
-def _held_out(store: Store, *, length: int, documents: int | None = None, sources: list[str] | None = None) -> dict[str, rows.Rows]:
+def _held_out(
+    store: Store, *, length: int, documents: int | None = None, sources: list[str] | None = None
+) -> dict[str, rows.Rows]:
     """The validation rows of each source that has any; `documents` bounds how many of each."""
     named = [s for s in store.sources if len(store.split(s, "validation"))] if sources is None else sources
     return {source: rows.validation(store, source, length=length, documents=documents) for source in named}
 
 
 def _measure(
-    measure: Callable, params: Any, held_out: rows.Rows, features: Callable, batch: int, grid: Any, rules: Mapping, stop: Stop
+    measure: Callable,
+    params: Any,
+    held_out: rows.Rows,
+    features: Callable,
+    batch: int,
+    grid: Any,
+    rules: Mapping,
+    stop: Stop,
 ) -> dict[str, float]:
     """Loss (nats per token), perplexity, accuracy and bits per UTF-8 byte over whole held-out documents."""
     nats = correct = count = 0.0
@@ -191,7 +211,9 @@ def _measure(
         raise RuntimeError(f"evaluation scored {count:.0f} tokens of {held_out.plan.predicted}")
     mean = nats / max(count, 1.0)
     bits = nats / math.log(2) / max(held_out.bytes or 0, 1)
-    return dict(loss=mean, perplexity=math.exp(min(mean, 700.0)), accuracy=correct / max(count, 1.0), bits_per_byte=bits)
+    return dict(
+        loss=mean, perplexity=math.exp(min(mean, 700.0)), accuracy=correct / max(count, 1.0), bits_per_byte=bits
+    )
 
 
 def _check(batch: Mapping[str, np.ndarray], vocab: int, *, first: bool) -> None:
@@ -201,7 +223,9 @@ def _check(batch: Mapping[str, np.ndarray], vocab: int, *, first: bool) -> None:
         if low < 0 or high >= vocab:
             raise Mistake(f"batch: {name} go from {low} to {high}, but the model's vocabulary has {vocab} entries")
     if first and not batch["weights"].any() and jax.process_count() == 1:
-        raise Mistake("batch: every weight of the first batch is 0, so there is nothing to learn; look at the data and objective")
+        raise Mistake(
+            "batch: every weight of the first batch is 0, so there is nothing to learn; look at the data and objective"
+        )
 
 
 def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) -> None:
@@ -210,12 +234,14 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
     in_row = int(metrics["in_row"])
     if in_row >= patience:
         raise Mistake(
-            f"step {step}: {in_row} steps in a row were skipped, their loss or gradient not finite or exploding. What was saved before is "
-            "intact; try a lower config.optimizer.lr, a longer warmup, or config.optimizer.clip"
+            f"step {step}: {in_row} steps in a row were skipped, their loss or gradient not finite or exploding. "
+            "What was saved before is intact; try a lower config.optimizer.lr, a longer warmup, or config.optimizer.clip"
         )
 
 
-def _sample(lm: Any, workdir: str, step: int, *, prompts: list[str], tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> None:
+def _sample(
+    lm: LM, workdir: str, step: int, *, prompts: list[str], tokens: int = 64, temperature: float = 0.8, seed: int = 0
+) -> None:
     """Continue each prompt and leave the texts in samples.jsonl, for the report."""
     texts = lm.generate(list(prompts), max_new_tokens=tokens, temperature=temperature, seed=seed)
     samples = [dict(step=step, prompt=prompt, text=text) for prompt, text in zip(prompts, texts)]
@@ -235,7 +261,6 @@ def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -
     report.write(workdir)
 
 
-
 def main(argv: list[str]) -> None:
     """Read the command line, prepare the workdir, train."""
     args = configs.parse(__doc__ or "", argv)
@@ -243,7 +268,9 @@ def main(argv: list[str]) -> None:
     settings: ConfigDict = args.config
     keys = {name: value for name, value in settings.to_dict().items() if name not in ("prepare", "distributed")}
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        address, count, index = (os.environ[f"JAX_{name}"] for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"))
+        address, count, index = (
+            os.environ[f"JAX_{name}"] for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+        )
         jax.distributed.initialize(address, int(count), int(index))
     elif settings.get("distributed"):
         jax.distributed.initialize()

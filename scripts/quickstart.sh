@@ -3,9 +3,10 @@
 # Run again, it says what is already done and goes on from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+began=$(date +%s)
 scripts/setup.sh core
 
 jaxlm=.venv/bin/jaxlm
 $jaxlm prepare --config=configs/quickstart.py
 $jaxlm train --config=configs/quickstart.py --workdir=runs/quickstart
-.venv/bin/python scripts/quickstart.py # baselines, evaluation, samples, runs/quickstart/summary.json and what to try next
+.venv/bin/python scripts/quickstart.py runs/quickstart "$began" # baselines, samples, summary.json, what to try next

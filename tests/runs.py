@@ -10,17 +10,20 @@ import sys
 from typing import Any
 
 import numpy as np
-
+import tensorstore as ts
 
 STEPS = 12
 
 
 def settings(*, steps: int = STEPS, total: int | None = None, **changes: Any) -> dict[str, Any]:
-    """The keys of a run with packing, a mixture, dropout, accumulation and a moving average; `total` fixes the schedule."""
+    """The keys of a run with packing, a mixture, dropout, accumulation and a moving average; `total` fixes the
+    schedule.
+    """
     model = dict(name="llama", layers=2, width=32, heads=4, kv_heads=2, head_width=8, mlp_width=64, dropout=0.1)
     optimizer = dict(name="adamw", lr=1e-2, schedule="constant", warmup=2, weight_decay=0.1, clip=1.0)
     keys = dict(
-        model=model, optimizer=optimizer, steps=steps, batch=8, length=32, accumulate=2, ema=0.9, mesh=dict(data=1, fsdp=1, tensor=1),
+        model=model, optimizer=optimizer, steps=steps, batch=8, length=32, accumulate=2, ema=0.9,
+        mesh=dict(data=1, fsdp=1, tensor=1),
         data=dict(weights=dict(prose=2.0, lists=1.0)), every=dict(log=1, eval=6, save=2), evaluation=dict(documents=8),
     )  # fmt: skip
     return keys | changes
@@ -58,34 +61,52 @@ def losses(workdir: Path) -> list[float]:
 
 
 def arrays(workdir: Path) -> list[np.ndarray]:
-    """Every array of the newest checkpoint, optimizer included."""
-    import orbax.checkpoint as ocp
-
-    steps = sorted(int(p.name) for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit())
+    """Every array of the newest checkpoint, optimizer included, read from the files as they lie."""
+    folder = Path(workdir).absolute() / "checkpoints"
+    newest = folder / str(max(int(p.name) for p in folder.iterdir() if p.name.isdigit()))
     found = []
     for part in ("params", "opt", "ema", "progress"):
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.restore((Path(workdir) / "checkpoints" / str(steps[-1]) / part).absolute())
-        import jax
-
-        found += [np.asarray(x) for x in jax.tree.leaves(tree)]
+        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{newest / part}"}).result()
+        names = sorted({key.decode().rpartition("/")[0] for key in store.list().result() if key.endswith(b".zarray")})
+        for name in names:
+            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{newest / part}", "path": name}}
+            found.append(np.asarray(ts.open(spec).result().read().result()))
+    assert len(found) > 20
     return found
 
 
 def command(workdir: Path, store: str, *flags: str) -> list[str]:
     path = Path(workdir) / "config.py"
     path.write_text(CONFIG)
-    return [sys.executable, "-m", "jaxlm.train", f"--config={path}", f"--workdir={workdir}", f"--config.store={store}", *flags]
+    return [
+        sys.executable,
+        "-m",
+        "jaxlm.train",
+        f"--config={path}",
+        f"--workdir={workdir}",
+        f"--config.store={store}",
+        *flags,
+    ]
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1", **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
 
 
 def run(workdir: Path, store: str, *flags: str, background: bool = False, check: int = 0, **more: str) -> Any:
     """Run `jaxlm train` in a process of its own: its output, or the process if it stays in the background."""
     process = subprocess.Popen(
-        command(workdir, store, *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**more)
+        command(workdir, store, *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(**more),
     )
     if background:
         return process

@@ -14,7 +14,9 @@ from jaxlm.models import Blueprint
 from jaxlm.nn.attention import BACKENDS
 from jaxlm.objectives import clm
 
-MODELS = [name for name in lookup.names("jaxlm.models") if hasattr(importlib.import_module(f"jaxlm.models.{name}"), "Model")]
+MODELS = [
+    name for name in lookup.names("jaxlm.models") if hasattr(importlib.import_module(f"jaxlm.models.{name}"), "Model")
+]
 V, T = 32, 12
 SIZES = dict(layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=32, context=32)
 
@@ -154,7 +156,9 @@ def test_bfloat16_stays_near_float32_and_gives_float32_logits(name, params, toke
     assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str
+)
 def test_eight_devices_compute_what_one_does(name, params, sizes):
     model = blueprint(name)
     tokens_BT = jax.random.randint(jax.random.key(0), (8, T), 0, V)

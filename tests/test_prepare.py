@@ -218,14 +218,13 @@ def test_a_mistake_in_a_worker_comes_through(corpus, tmp_path, monkeypatch):
         prepare(f"{tmp_path}/store", sources, dict(kind="characters"), workers=2, validation=0)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # how ml_collections reads a config file
 def test_the_command_prepares_what_the_config_says(corpus, tmp_path, capsys):
     config = tmp_path / "config.py"
     config.write_text(
         "from ml_collections import ConfigDict\n"
         "def get_config():\n"
-        f"    return ConfigDict(dict(data=dict(store='', sources=dict(docs='jsonl:{tmp_path}/docs.jsonl'),\n"
-        "        tokenizer=dict(kind='bytes'), validation=0.1, packing='best_fit')))\n"
+        f"    return ConfigDict(dict(store='', prepare=dict(sources=dict(docs='jsonl:{tmp_path}/docs.jsonl'),\n"
+        "        tokenizer=dict(kind='bytes'), validation=0.1)))\n"
     )
     flags = [f"--config={config}", f"--config.store={tmp_path}/store", "--workers=1"]
     program.main(flags)

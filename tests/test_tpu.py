@@ -1,4 +1,5 @@
-"""It is a TPU code base: the real train step compiles for TPU topologies that are not here, by libtpu's own compiler."""
+"""It is a TPU code base: the real train step compiles for TPU topologies that are not here, by libtpu's own compiler.
+"""
 
 import re
 
@@ -29,7 +30,9 @@ def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
     parts, program = plan.compile_step(config, plan.devices("v5e:4x4", slices), vocab=1024, slices=slices)
     assert parts.blueprint.config.dtype == "bfloat16"
     text = program.as_text()
-    assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) >= 2, "attention is no kernel, forward or backward"
+    assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) >= 2, (
+        "attention is no kernel, forward or backward"
+    )
     split = {"data": {}, "fsdp": {"fsdp"}, "tensor": {"tensor"}, "two slices": {"fsdp", "tensor"}}[mesh]
     assert _axes_used(parts.shapes["params"]) == set(split)
     assert "all-reduce" in text or "reduce-scatter" in text, "gradients are not summed over the mesh"

@@ -44,7 +44,9 @@ def test_a_run_in_two_parts_ends_in_the_same_bits(store, whole, tmp_path):
 
 
 def test_it_learns_and_writes_what_a_workdir_holds(store, whole):
-    train_lines = [line for line in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "eval" not in line]
+    train_lines = [
+        line for line in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "eval" not in line
+    ]
     assert train_lines[-1]["loss"] < train_lines[0]["loss"] - 0.3
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "skipped", "wait_s"} <= train_lines[-1].keys()
     assert list((whole / "events").iterdir()) and (whole / "report.html").stat().st_size > 10_000
@@ -79,7 +81,11 @@ def test_it_resumes_on_two_processes_with_the_same_losses(store, whole, tmp_path
 
 def test_sigterm_saves_says_so_and_exits_with_zero(store, whole, tmp_path):
     process = run(tmp_path, store, background=True)
-    while '"step": 3' not in (log := tmp_path / "metrics.jsonl").read_text() if (log := tmp_path / "metrics.jsonl").exists() else True:
+    while (
+        '"step": 3' not in (log := tmp_path / "metrics.jsonl").read_text()
+        if (log := tmp_path / "metrics.jsonl").exists()
+        else True
+    ):
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGTERM)
@@ -151,7 +157,7 @@ def checkpoint_part(workdir, part, shapes):
         (dict(optimizer=dict(warm_up=3)), "did you mean 'warmup'"),
         (dict(data=dict(packing="bestfit")), "did you mean 'best_fit'"),
         (dict(data=dict(weights=dict(pros=1.0))), "did you mean 'prose'"),
-        (dict(mesh=dict(data=3)), "does not use the 8 devices"),
+        (dict(mesh=dict(fsdp=3)), "does not fit 8 devices"),
         (dict(mesh=dict(tensors=3)), "did you mean 'tensor'"),
         (dict(accumulate=3), "no multiple of config.accumulate"),
         (dict(model=dict(name="llama", vocab=100)), "config.model.vocab is 100"),

@@ -66,9 +66,17 @@ def unstack(params: Tree) -> Tree:
     def split(x: jax.Array) -> tuple[jax.Array, ...]:
         if len(x.devices()) > 1:
             return tuple(x)
-        return tuple(jax.device_put(layer, x.device) for layer in np.asarray(x))
+        return tuple(jax.device_put(layer, *x.devices()) for layer in np.asarray(x))
 
     return {**params, "blocks": jax.tree.map(split, params["blocks"])}
+
+
+def settle(params: Tree) -> Tree:
+    """The same arrays, bound to their one device without a mesh, so that all that is computed from them is placed alike.
+
+    Else a second call would be given arrays of another kind of placement, and be compiled anew. Left on a mesh of several devices.
+    """
+    return jax.tree.map(lambda x: x if len(x.devices()) > 1 else jax.device_put(x, *x.devices()), params)
 
 
 def read(model: Any, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache]:
@@ -81,9 +89,9 @@ class Engine:
     """A model ready to continue rows. `traces` counts how often each of its programs was traced, that is, compiled."""
 
     def __init__(self, blueprint: Blueprint, params: Tree):
-        self.blueprint, self.params = blueprint, params
+        self.blueprint, self.params = blueprint, settle(params)
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
-        self.decoding = unstack(params) if self.in_a_row else params
+        self.decoding = unstack(self.params) if self.in_a_row else self.params
         self.traces = dict(prefill=0, decode=0)
         self.prefill = jax.jit(self._prefill, static_argnames="slots")
         self.decode = jax.jit(self._decode, donate_argnames="state")
@@ -100,16 +108,17 @@ class Engine:
         """
         state, count = self.start(prompts, max_new_tokens, copies=copies, seed=seed, ids=ids)
         stop_V = np.isin(np.arange(self.blueprint.config.vocab), np.asarray(stop, np.int64))
-        how, shown = how.rows(len(state.done_B)), np.asarray(state.prompts_B)
+        how, halted = how.rows(len(state.done_B)), np.zeros(len(state.done_B), bool)
+        first = shown = jax.device_get(state.prompts_B)
         while True:
-            state = self.decode(self.decoding, state, how, stop_V, np.int32(steps))
+            state = self.decode(self.decoding, state, halted, how, stop_V, np.int32(steps))
             tokens, lengths, done = jax.device_get((state.tokens_BS, state.lengths_B, state.done_B))
             for row in range(count) if watch else ():
                 new = tokens[row, shown[row] : lengths[row]].tolist()
-                done[row] |= bool(new) and watch(row, new)
-            if done.all():
-                return [tokens[row, first : lengths[row]].tolist() for row, first in enumerate(np.asarray(state.prompts_B)[:count])]
-            state, shown = dataclasses.replace(state, done_B=done), lengths
+                halted[row] |= bool(new) and watch(row, new)
+            if (done | halted).all():
+                return [tokens[row, first[row] : lengths[row]].tolist() for row in range(count)]
+            shown = lengths
 
     def start(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, copies: int = 1, seed: int = 0, ids: Sequence[int] | None = None
@@ -122,20 +131,20 @@ class Engine:
         if lengths.max() >= context:
             raise Mistake(f"a prompt of {lengths.max():,} tokens leaves no room in a context of {context:,}")
         limits = np.minimum(lengths + max_new_tokens, context)
-        slots = bucket(int(limits.max()), 16, context)
+        slots = bucket(int(limits.max()), 64, context)
         tokens_BT = np.zeros((bucket(len(prompts)), bucket(int(lengths.max()), 16, slots)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
         count = len(prompts) * copies
-        origin_B = np.minimum(np.arange(bucket(count)) // copies, len(prompts) - 1)  # which prompt a row continues
-        name_B = np.asarray(range(len(prompts)) if ids is None else ids, np.uint32)[origin_B]
+        origin_B = np.arange(len(tokens_BT) * copies) // copies  # which prompt a row continues
+        name_B = np.asarray(range(len(prompts)) if ids is None else ids, np.uint32)[np.minimum(origin_B, len(prompts) - 1)]
         copy_B = (np.arange(len(origin_B)) % copies).astype(np.uint32)
         done_B = np.arange(len(origin_B)) >= count
-        lengths = np.append(lengths, np.ones(len(tokens_BT) - len(lengths), np.int32))
-        same = len(origin_B) == len(tokens_BT) and copies == 1
+        padding = (0, len(tokens_BT) - len(prompts))
+        lengths, limits = np.pad(lengths, padding, constant_values=1), np.pad(limits, padding)
         state = self.prefill(
             self.params, tokens_BT, lengths, limits[origin_B], done_B, np.uint32(seed % 2**32), name_B, copy_B,
-            None if same else origin_B, slots=slots,
+            origin_B if copies > 1 else None, slots=slots,
         )  # fmt: skip
         return state, count
 
@@ -152,8 +161,9 @@ class Engine:
         key_B = jax.vmap(jax.random.fold_in)(key_B, copy_B)
         return State(cache.unstacked() if self.in_a_row else cache, tokens_BS, lengths_B, limits_B, done_B, key_B)
 
-    def _decode(self, params, state: State, how: Sampling, stop_V, steps) -> State:
+    def _decode(self, params, state: State, halted_B, how: Sampling, stop_V, steps) -> State:
         self.traces["decode"] += 1
+        state = dataclasses.replace(state, done_B=state.done_B | halted_B)
         model = self.blueprint.bind(params)
         row_B = jnp.arange(len(state.done_B))
 

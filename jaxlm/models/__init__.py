@@ -1,8 +1,8 @@
 """The model families, one file each; the folder is the registry (`config.model.name = "gpt2"` is `models/gpt2.py`).
 
-    model = models.Blueprint.of(dict(name="gpt2", layers=2), vocab=512)   nothing is allocated yet
-    params = model.init(seed=0, mesh=mesh, rules=axes.RULES)              a plain tree of arrays, placed by their names
-    logits_BTV, _ = model.bind(params)(tokens_BT)
+model = models.Blueprint.of(dict(name="gpt2", layers=2), vocab=512)   nothing is allocated yet
+params = model.init(seed=0, mesh=mesh, rules=axes.RULES)              a plain tree of arrays, placed by their names
+logits_BTV, _ = model.bind(params)(tokens_BT)
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,9 @@ class Blueprint:
 
     @classmethod
     def of(cls, section: Mapping[str, Any], *, vocab: int, dtype: str = "float32") -> "Blueprint":
-        """From `config.model`: a name and the keys of that family's Config. Raises `Mistake` for a name or key that is not."""
+        """From `config.model`: a name and the keys of that family's Config. Raises `Mistake` for a name or key that is
+        not.
+        """
         section = dict(section)
         module = lookup.module("jaxlm.models", section.pop("name", "?"))
         if not hasattr(module, "Model"):
@@ -46,7 +48,9 @@ class Blueprint:
         """Fresh float32 parameters, the same for every mesh; each device makes only what it holds."""
         make = functools.partial(lookup.module("jaxlm.models", self.name).Model, self.config)
         places = None if mesh is None else axes.shardings(self.shapes, mesh, rules)
-        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)))), out_shardings=places)(jax.random.key(seed))
+        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)))), out_shardings=places)(
+            jax.random.key(seed)
+        )
 
     def bind(self, params: Tree) -> Any:
         """The model with these parameters."""
@@ -58,7 +62,8 @@ class Blueprint:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.shapes))
 
     def flops_per_token(self, length: int) -> float:
-        """Model FLOPs of one token's forward and backward pass: 6 a parameter that multiplies, and attention over `length` keys.
+        """Model FLOPs of one token's forward and backward pass: 6 a parameter that multiplies, and attention over
+        `length` keys.
 
         PaLM's count (arXiv:2204.02311, appendix B), without a discount for the causal mask.
         """

@@ -1,4 +1,5 @@
-"""GPT-2: pre-norm decoder with learned positions, biases and a GELU MLP; the head is the embedding (Radford et al. 2019).
+"""GPT-2: pre-norm decoder with learned positions, biases and a GELU MLP; the head is the embedding (Radford et al.
+2019).
 
 Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
 """
@@ -51,7 +52,8 @@ class Block(nnx.Module):
         out_std = 0.02 * (2 * c.layers) ** -0.5  # section 2.3: residual layers scaled by their number
         self.norm1, self.norm2 = LayerNorm(c.width, c.norm_eps), LayerNorm(c.width, c.norm_eps)
         self.attn = Attention(
-            c.width, c.heads, c.heads, c.head_width, bias=True, backend=c.attention, std=0.02, out_std=out_std, rngs=rngs
+            c.width, c.heads, c.heads, c.head_width, bias=True, backend=c.attention, std=0.02, out_std=out_std,
+            rngs=rngs,
         )  # fmt: skip
         gelu = functools.partial(jax.nn.gelu, approximate=True)
         self.mlp = MLP(c.width, c.mlp_width or 4 * c.width, gelu, std=0.02, out_std=out_std, rngs=rngs)
@@ -84,9 +86,10 @@ class Model(nnx.Module):
 
     @shaped
     def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
-        """Final hidden states [B, T, D] and the cache, if one was given, with T more tokens; `key` switches dropout on."""
+        """Final hidden states [B, T, D] and the cache, if one was given, with T more tokens; `key` switches dropout on.
+        """
         c, T = self.config, tokens_BT.shape[1] if cache is None else cache.k_LBKSH.shape[3]
-        if T > c.context:
+        if c.context < T:
             raise Mistake(f"gpt2: {T} positions, but only config.model.context={c.context} were learned")
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)

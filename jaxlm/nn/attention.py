@@ -2,9 +2,9 @@
 
     attend(q_BNTH, k_BKSH, v_BKSH, Mask(causal=True, segments_BT=segments_BT), backend="auto")
 
-`xla` is the reference: B x N x T x S scores exist. `chunked` keeps memory linear in T. `splash` is the TPU kernel. Each honours
-every field of the mask that it accepts, and `auto` never picks one that does not. Heads lie in front of tokens, and query heads
-that share a key/value head lie together, so every product is one batched product over (B K).
+`xla` is the reference: B x N x T x S scores exist. `chunked` keeps memory linear in T. `splash` is the TPU kernel. Each
+honours every field of the mask that it accepts, and `auto` never picks one that does not. Heads lie in front of tokens,
+and query heads that share a key/value head lie together, so every product is one batched product over (B K).
 """
 
 from collections.abc import Callable
@@ -38,7 +38,9 @@ def xla(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> 
 
 
 def chunked(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, chunk: int = 256) -> jax.Array:
-    """The same with memory linear in T: one block of queries at a time, computed again in the backward pass (arXiv:2112.05682)."""
+    """The same with memory linear in T: one block of queries at a time, computed again in the backward pass
+    (arXiv:2112.05682).
+    """
     B, N, T, H = q_BNTH.shape
     K, S = k_BKSH.shape[1:3]
     chunk = min(chunk, T)
@@ -65,7 +67,9 @@ BACKENDS: dict[str, Callable] = {"xla": xla, "chunked": chunked, "splash": splas
 
 
 def choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask) -> str:
-    """What `auto` means here: the TPU kernel where it applies, else `xla` up to 1,024 keys (or one query), else `chunked`."""
+    """What `auto` means here: the TPU kernel where it applies, else `xla` up to 1,024 keys (or one query), else
+    `chunked`.
+    """
     if axes.platform() == "tpu" and splash.refuses(q_shape, k_shape, mask) is None:
         return "splash"
     return "xla" if k_shape[2] <= 1024 or q_shape[2] == 1 else "chunked"
@@ -112,7 +116,11 @@ class Attention(nnx.Module):
         v_BKTH = dense(x_BTD, self.wv_DKH, self.bias_v_KH).transpose(0, 2, 1, 3)
         if angles is not None:
             q_BNTH, k_BKTH = positions.rotate(q_BNTH, angles), positions.rotate(k_BKTH, angles)
-        q_BNTH, k_BKSH, v_BKSH = axes.constrain(q_BNTH, "BNTH"), axes.constrain(k_BKTH, "BKTH"), axes.constrain(v_BKTH, "BKTH")
+        q_BNTH, k_BKSH, v_BKSH = (
+            axes.constrain(q_BNTH, "BNTH"),
+            axes.constrain(k_BKTH, "BKTH"),
+            axes.constrain(v_BKTH, "BKTH"),
+        )
         if cache is not None:
             cache = cache.write(layer, k_BKTH, v_BKTH)
             k_BKSH, v_BKSH = cache.read(layer)

@@ -1,7 +1,8 @@
 """Keys and values seen so far, for decoding one token at a time.
 
-Row b holds its tokens in slots 0 .. lengths[b]-1, whatever the other rows do; the next token goes to slot lengths[b]. What lies
-beyond is stale and out of sight of a causal mask, so prompts are padded on the right and nothing marks the padding.
+Row b holds its tokens in slots 0 .. lengths[b]-1, whatever the other rows do; the next token goes to slot lengths[b].
+What lies beyond is stale and out of sight of a causal mask, so prompts are padded on the right and nothing marks the
+padding.
 
     k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that stand in
               a row: a layer is then read where it lies, while a scan copies it out
@@ -39,7 +40,9 @@ class Cache:
 
     @shaped
     def write(self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array) -> "Cache":
-        """Put T new tokens of one layer behind what each row holds; `grow` then counts them, once all layers have written."""
+        """Put T new tokens of one layer behind what each row holds; `grow` then counts them, once all layers have
+        written.
+        """
 
         def put(old, new_BKTH):  # a slice per row: updated in place, where a scatter would copy
             for b, new_KTH in enumerate(new_BKTH.astype(old[0].dtype)):
@@ -63,9 +66,16 @@ class Cache:
         return dataclasses.replace(self, lengths_B=self.lengths_B + tokens)
 
     def rows(self, index_B: jax.Array) -> "Cache":
-        """The rows of the given numbers, which may repeat; for a cache that is stacked."""
-        k_LBKSH, v_LBKSH = self.k_LBKSH, self.v_LBKSH
-        return Cache(jnp.take(k_LBKSH, index_B, axis=1), jnp.take(v_LBKSH, index_B, axis=1), self.lengths_B[index_B])
+        """The rows of the given numbers, which may repeat."""
+        B = len(self.lengths_B)
+
+        def pick(x):
+            if x.ndim == 5:
+                return jnp.take(x, index_B, axis=1)
+            return jnp.take(x.reshape(B, -1, *x.shape[1:]), index_B, axis=0).reshape(-1, *x.shape[1:])
+
+        k_LBKSH, v_LBKSH = jax.tree.map(pick, (self.k_LBKSH, self.v_LBKSH))
+        return Cache(k_LBKSH, v_LBKSH, self.lengths_B[index_B])
 
     def unstacked(self) -> "Cache":
         """The same with every layer's keys and values in an array of its own."""

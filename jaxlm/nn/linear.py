@@ -1,7 +1,7 @@
 """Weights, products with them, and dropout: what every layer is made of.
 
-    dense(x_BTD, w_DNH)            -> BTNH    tokens are flattened to one axis: one large product, which CPUs like best
-    dense(y_BTNH, w_NHD, axes=2)   -> BTD
+dense(x_BTD, w_DNH)            -> BTNH    tokens are flattened to one axis: one large product, which CPUs like best
+dense(y_BTNH, w_NHD, axes=2)   -> BTD
 """
 
 import math
@@ -28,7 +28,9 @@ def ones(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32))
 
 
-def dense(x: jax.Array, w: jax.Array | nnx.Param, bias: jax.Array | nnx.Param | None = None, axes: int = 1) -> jax.Array:
+def dense(
+    x: jax.Array, w: jax.Array | nnx.Param, bias: jax.Array | nnx.Param | None = None, axes: int = 1
+) -> jax.Array:
     """Contract the last `axes` axes of x with the first ones of w, computed in x's dtype, and add the bias."""
     w = w[...].astype(x.dtype)
     lead, inner, outer = x.shape[: x.ndim - axes], w.shape[:axes], w.shape[axes:]
@@ -39,7 +41,9 @@ def dense(x: jax.Array, w: jax.Array | nnx.Param, bias: jax.Array | nnx.Param | 
 
 
 def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array) -> jax.Array:
-    """Rows of a table: [B, T, D]. The table is gathered along D first, where it is split, since B takes those mesh axes."""
+    """Rows of a table: [B, T, D]. The table is gathered along D first, where it is split, since B takes those mesh
+    axes.
+    """
     return axes.constrain(axes.constrain(table_VD[...], "V_")[tokens_BT], "BTD")
 
 

@@ -1,7 +1,7 @@
 """Cross-entropy and the output head as one step: the B x T x V logits never exist in full, forward or backward.
 
-The gradient is computed along with the loss, chunk by chunk, while a chunk's logits are at hand; kept are only the gradients
-of x [B, T, D] and of the head [V, D].
+The gradient is computed along with the loss, chunk by chunk, while a chunk's logits are at hand; kept are only the
+gradients of x [B, T, D] and of the head [V, D].
 """
 
 import functools
@@ -32,8 +32,8 @@ def cross_entropy(
 ) -> Sums:  # fmt: skip
     """Sums of -log softmax(x head')[label] over tokens, in float32; `chunk` tokens of each row at a time.
 
-    Label smoothing spreads its share evenly over the vocabulary (arXiv:1512.00567, section 7); `z_loss` times the squared
-    log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5).
+    Label smoothing spreads its share evenly over the vocabulary (arXiv:1512.00567, section 7); `z_loss` times the
+    squared log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5).
     """
     B, T, _ = x_BTD.shape
     V = head_VD.shape[0]

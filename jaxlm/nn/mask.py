@@ -1,9 +1,9 @@
 """Who may look at whom: a description, from which each attention backend builds what it needs.
 
-    visible(Mask(segments_BT=[[1 1 2 2]]), 0..3, 0..3)[0]     1 . . .
-                                                              1 1 . .
-                                                              . . 1 .
-                                                              . . 1 1
+visible(Mask(segments_BT=[[1 1 2 2]]), 0..3, 0..3)[0]     1 . . .
+                                                          1 1 . .
+                                                          . . 1 .
+                                                          . . 1 1
 """
 
 import dataclasses

@@ -1,4 +1,6 @@
-"""Normalisation over the model width, in float32 whatever comes in; the result has the dtype that the layer computes in."""
+"""Normalisation over the model width, in float32 whatever comes in; the result has the dtype that the layer computes
+in.
+"""
 
 from flax import nnx
 import jax

@@ -1,6 +1,6 @@
 """Where a token stands: rotary embeddings, and positions that restart with every document.
 
-    restart(segments [1 1 1 2 2 0])  ->  [0 1 2 0 1 0]
+restart(segments [1 1 1 2 2 0])  ->  [0 1 2 0 1 0]
 """
 
 import jax

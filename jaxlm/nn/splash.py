@@ -35,7 +35,7 @@ def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) 
     reason = refuses(q_BNTH.shape, k_BKSH.shape, mask)
     if reason:
         raise lookup.Mistake(f"attention backend 'splash': {reason}; choose 'xla' or 'chunked'")
-    B, N, T, H = q_BNTH.shape
+    B, _, T, H = q_BNTH.shape
     segments_BT = mask.segments_BT if mask.segments_BT is not None else jnp.ones((B, T), jnp.int32)
     pad = -T % LANES  # causal: real queries never see the padding behind them
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q_BNTH * H**-0.5, k_BKSH, v_BKSH))

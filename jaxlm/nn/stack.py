@@ -1,4 +1,6 @@
-"""Layers stacked and scanned: L blocks are one block whose parameters have a leading axis L, so compile time does not grow with depth."""
+"""Layers stacked and scanned: L blocks are one block whose parameters have a leading axis L, so compile time does not
+grow with depth.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,7 +26,9 @@ def stacked(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -> B
     return nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
 
 
-def scan(blocks: nnx.Module, carry: Any, step: Callable[[Any, Any, Any], Any], per_layer: Any = None, *, remat: str = "none") -> Any:
+def scan(
+    blocks: nnx.Module, carry: Any, step: Callable[[Any, Any, Any], Any], per_layer: Any = None, *, remat: str = "none"
+) -> Any:
     """Run `carry = step(block, carry, slice of per_layer)` through the layers; `remat` names a policy of `REMAT`."""
     policy = lookup.key("config.model.remat", remat, REMAT)
     graph, params = nnx.split(blocks)

@@ -1,9 +1,9 @@
 """Causal language modelling: predict each token from the ones before it in its document.
 
-    row                tokens    [1 5 6 2 1 7 2 0 0]     features   tokens    [1 5 6 2 1 7 2 0]
-                       segments  [1 1 1 1 2 2 2 0 0]                labels    [5 6 2 1 7 2 0 0]
-                                                                    weights   [1 1 1 0 1 1 0 0]
-                                                                    segments  [1 1 1 1 2 2 2 0]
+row                tokens    [1 5 6 2 1 7 2 0 0]     features   tokens    [1 5 6 2 1 7 2 0]
+                   segments  [1 1 1 1 2 2 2 0 0]                labels    [5 6 2 1 7 2 0 0]
+                                                                weights   [1 1 1 0 1 1 0 0]
+                                                                segments  [1 1 1 1 2 2 2 0]
 """
 
 from collections.abc import Mapping

@@ -28,10 +28,14 @@ def plain(x, head, labels, weights, label_smoothing=0.0, z_loss=0.0):
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3, 10])
-@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.2, z_loss=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.2, z_loss=0.1)], ids=str
+)
 def test_loss_and_gradients_equal_the_plain_ones(inputs, chunk, options):
     x, head, labels, weights = inputs
-    got = jax.value_and_grad(lambda x, h: 3 * cross_entropy(x, h, labels, weights, chunk=chunk, **options).loss, argnums=(0, 1))
+    got = jax.value_and_grad(
+        lambda x, h: 3 * cross_entropy(x, h, labels, weights, chunk=chunk, **options).loss, argnums=(0, 1)
+    )
     want = jax.value_and_grad(lambda x, h: 3 * plain(x, h, labels, weights, **options), argnums=(0, 1))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got(x, head), want(x, head))
 
@@ -54,7 +58,10 @@ def test_padding_and_its_labels_change_nothing(inputs):
 
 def test_the_full_logits_never_exist():
     B, T, D, V = 4, 1024, 32, 8192
-    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((B, T, D), "float32"), ((V, D), "float32"), ((B, T), "int32"), ((B, T), "float32"))]
+    shapes = [
+        jax.ShapeDtypeStruct(s, t)
+        for s, t in (((B, T, D), "float32"), ((V, D), "float32"), ((B, T), "int32"), ((B, T), "float32"))
+    ]
 
     def temporary(chunk):
         step = jax.jit(jax.grad(lambda *a: cross_entropy(*a, chunk=chunk).loss, argnums=(0, 1)))

@@ -1,0 +1,33 @@
+"""nanoGPT's character model of tinyshakespeare: GPT-2 of 0.8 M parameters. Not measured yet.
+
+    jaxlm prepare --config=configs/pretrain/shakespeare_char.py --config.prepare.sources.plays=text:PATH/input.txt
+    jaxlm train --config=configs/pretrain/shakespeare_char.py --workdir=runs/shakespeare_char
+
+The text is karpathy/char-rnn's data/tinyshakespeare/input.txt; its first 90 % train, the rest validates.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 1337
+    c.steps = {"full": 2_000, "tiny": 2}[size]
+
+    c.store = "data/shakespeare_char"
+    c.prepare = dict(
+        sources=dict(plays="text:data/tinyshakespeare.txt"),
+        tokenizer=dict(kind="characters"),
+        validation=0.1,
+        split="tail",
+    )
+    c.data = dict(packing="split", isolate=False)
+    c.length, c.batch = 64, 12
+
+    c.model = dict(name="gpt2", layers=4, heads=4, width=128, context=64)
+    c.optimizer = dict(
+        name="adamw", lr=1e-3, b1=0.9, b2=0.99, schedule="cosine", warmup=100, final=0.1, weight_decay=0.1, clip=1.0
+    )
+    c.every = dict(log=100, eval=500, save=500)
+    c.samples = dict(prompts=["ROMEO:\n", "\nKING "], tokens=200)
+    return c

@@ -1,0 +1,85 @@
+"""Continue prompts with a trained model.
+
+    jaxlm generate --workdir=runs/quickstart --prompt="Once upon" --temperature=0.8 --top_p=0.95    streams to the terminal
+    jaxlm generate --workdir=runs/quickstart --prompts=questions.txt --output=answers.jsonl         in the order of the file
+    jaxlm generate --workdir=runs/quickstart --prompt="Once upon" --beams=4 --length_penalty=0.6
+
+A file of prompts holds one a line, or as .jsonl objects {"prompt": ...}; out come JSON lines, the same with "texts" added.
+Temperature 0 is greedy; --stop may be repeated. Without a prompt the model begins a document of its own.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import inspect
+import json
+from pathlib import Path
+import sys
+from typing import Any
+
+from jaxlm import config, lm
+from jaxlm.lookup import Mistake
+
+OPTIONS = {  # those of `LM.generate`, by the same names and with the same defaults
+    name: option.default
+    for name, option in inspect.signature(lm.LM.generate).parameters.items()
+    if option.kind is option.KEYWORD_ONLY and name not in ("stream", "first")
+} | dict(stop=[])
+
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """The prompts of a .txt file (one a line) or a .jsonl file, as objects with "prompt".
+
+    Raises `Mistake` naming file and line for a line that holds none.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise Mistake(f"--prompts: no file at {path}")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    if file.suffix != ".jsonl":
+        return [dict(prompt=line) for line in lines]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise Mistake(f"{path}, line {number}: not JSON ({e})") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise Mistake(f'{path}, line {number}: no object with a text in "prompt"')
+        records.append(record)
+    return records
+
+
+def answers(model: lm.LM, records: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each record with its "texts", as soon as its batch is done."""
+    for at in range(0, len(records), options["batch"]):
+        part = records[at : at + options["batch"]]
+        texts = model.generate([record["prompt"] for record in part], **options, first=at)
+        for record, found in zip(part, texts):
+            yield record | dict(texts=[found] if isinstance(found, str) else found)
+
+
+def main(argv: list[str]) -> int:
+    """Stream the continuation of one prompt, or write those of a file."""
+    own = dict(prompt=str, prompts=str, output=str, step="newest")
+    args = config.parse(__doc__ or "", argv, config=False, **own, **OPTIONS)
+    options = {name: getattr(args, name) for name in OPTIONS}
+    if args.prompts is not None and args.prompt is not None:
+        raise Mistake("--prompt and --prompts were both given; one of them, please")
+    if args.output and not Path(args.output).parent.is_dir():
+        raise Mistake(f"--output: there is no folder {Path(args.output).parent}")
+    records = [dict(prompt=args.prompt or "")] if args.prompts is None else read_prompts(args.prompts)
+    model = lm.load(args.workdir, step=args.step)
+    if args.prompts is None and not args.output and options["num_return_sequences"] == options["beams"] == 1:
+        sys.stdout.write(args.prompt or "")
+        model.generate(args.prompt or "", **options, stream=lambda piece: print(piece, end="", flush=True))
+        print()
+        return 0
+    with open(args.output, "w", encoding="utf-8") if args.output else contextlib.nullcontext(sys.stdout) as file:
+        for record in answers(model, records, options):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    config.run("generate", main)

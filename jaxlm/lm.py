@@ -1,0 +1,241 @@
+"""A trained language model in a notebook: `lm = jaxlm.load(WORKDIR)`.
+
+    lm.generate("def main(", temperature=0.8, top_p=0.95)     "argv):\\n    ..."
+    lm.score(["hello"])                                       [Score(nats=9.1, tokens=3, bytes=5)]     .perplexity, .bits_per_byte
+    lm.logits(lm.tokenizer.encode("hello"))                   float32 [1, T, V]
+    lm.model, lm.params, lm.tokenizer, lm.config              the parts
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+from typing import Any, TypeVar
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import checkpoint, lookup
+from jaxlm import config as configs
+from jaxlm.data import tokenizers
+from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.decode.beam import BeamSearch
+from jaxlm.decode.engine import STEPS, Engine, bucket
+from jaxlm.decode.sampling import Sampling
+from jaxlm.evals import perplexity
+from jaxlm.lookup import Mistake
+from jaxlm.models import Blueprint, Tree
+from jaxlm.nn.loss import LOGITS_AT_ONCE
+
+STREAM = 4  # tokens between two looks, when somebody reads along
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def load(workdir: str, *, step: str | int = "newest") -> "LM":
+    """The model that a workdir holds, from its "newest" or "best" checkpoint, or that of a step.
+
+    Raises `Mistake` when the folder is no workdir or has no such checkpoint.
+    """
+    config = configs.read(workdir)
+    tokenizer = tokenizers.load(epath.Path(workdir) / "tokenizer")
+    dtype = config.get("dtype", "auto")
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    blueprint = Blueprint.of(config.model, vocab=tokenizer.vocab, dtype=dtype)
+    _, params = checkpoint.restore_params(workdir, blueprint.shapes, step=step)
+    return LM(blueprint, params, tokenizer, config)
+
+
+def spelled(fn: Function) -> Function:
+    """Answer an option that `fn` does not take with the nearest one that it does, as a `Mistake`."""
+    takes = [name for name in inspect.signature(fn).parameters if name != "self"]
+
+    @functools.wraps(fn)
+    def checked(*args, **kwargs):
+        for name in kwargs:
+            if name not in takes:
+                raise lookup.miss(fn.__name__, name, takes)
+        return fn(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+class LM:
+    """A model with its parameters and its tokenizer."""
+
+    def __init__(self, blueprint: Blueprint, params: Tree, tokenizer: Tokenizer, config: Mapping[str, Any] | None = None):
+        self.blueprint, self.params, self.tokenizer, self.config = blueprint, params, tokenizer, config
+        self.model = blueprint.bind(params)
+        self._forward = jax.jit(lambda params, tokens_BT: blueprint.bind(params)(tokens_BT)[0])
+        self._nll = jax.jit(functools.partial(_nll, blueprint))
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """What continues rows of token ids; made when first needed."""
+        return Engine(self.blueprint, self.params)
+
+    @functools.cached_property
+    def _beams(self) -> BeamSearch:
+        return BeamSearch(self.engine)
+
+    @property
+    def context(self) -> int:
+        """The tokens of the rows that it was trained on, where the config tells, else what the model can read."""
+        most = self.blueprint.config.context
+        return min(most, (self.config or {}).get("length", most))
+
+    def logits(self, token_ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array) -> np.ndarray:
+        """Logits [B, T, V] in float32 of the token after each of `token_ids`: one row [T], or rows of one length [B, T].
+
+        Raises `Mistake` for rows of different lengths, for ids that the model does not know, and beyond its context.
+        """
+        try:
+            tokens_BT = np.atleast_2d(np.asarray(token_ids))
+        except ValueError:
+            raise Mistake("lm.logits takes rows of one length; call it for each row, or pad them on the right") from None
+        self._check(tokens_BT)
+        length = tokens_BT.shape[1]
+        if length > self.blueprint.config.context:
+            raise Mistake(f"{length:,} tokens, but the model reads {self.blueprint.config.context:,}")
+        padding = ((0, 0), (0, bucket(length, 16, self.blueprint.config.context) - length))  # which a causal model cannot see
+        return np.asarray(self._forward(self.params, np.pad(tokens_BT, padding)))[:, :length]
+
+    def _check(self, tokens: np.ndarray) -> None:
+        vocab = self.blueprint.config.vocab
+        if not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise Mistake("token ids are whole numbers, one at least")
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            raise Mistake(f"token ids from {tokens.min()} to {tokens.max()}, but the model's vocabulary has {vocab}")
+
+    def nll(self, rows: np.ndarray) -> np.ndarray:
+        """Negative log-likelihood in nats [B, T] of tokens 1.. of rows [B, T + 1], each given those before it."""
+        return np.asarray(self._nll(self.params, rows))
+
+    def document(self, text: str) -> np.ndarray:
+        """Token ids of a text as a store holds it: bos and eos around it, where the tokenizer adds them."""
+        tok = self.tokenizer
+        before, after = [tok.bos] if tok.add_bos else [], [tok.eos] if tok.add_eos else []
+        return np.array([*before, *tok.encode(text), *after], np.int32)
+
+    @spelled
+    def score(
+        self, texts: str | Sequence[str], *, context: int | None = None, stride: int | None = None, batch: int = 8
+    ) -> list[perplexity.Score]:
+        """For each text how well it is predicted: nats, tokens, bytes, and from them loss, perplexity, bits_per_byte.
+
+        What is longer than the context is read in windows, `stride` tokens apart (half a context unless given).
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        documents = ((self.document(text), len(text.encode())) for text in texts)
+        return perplexity.evaluate(self.nll, documents, context=context or self.context, stride=stride, batch=batch)
+
+    @spelled
+    def generate(
+        self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+        min_p: float = 0.0, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, min_new_tokens: int = 0,
+        num_return_sequences: int = 1, stop: str | Sequence[str] = (), seed: int = 0, beams: int = 1, length_penalty: float = 1.0,
+        early_stopping: str = "best", stream: Callable[[str], object] | None = None, batch: int = 16, first: int = 0,
+    ) -> list[str] | list[list[str]]:  # fmt: skip
+        """Continue each prompt, until eos, a `stop` string, `max_new_tokens` or the end of the context: the new texts alone.
+
+        One text a prompt, or lists of texts for several `num_return_sequences`. Temperature 0 is greedy. With `beams` of 2 or more
+        the likeliest texts are searched for instead of drawn. `stream` is called with each piece of the one text as it comes. What
+        a prompt draws depends on `seed` and its place among the prompts, counted from `first`, not on the others nor on `batch`.
+        Raises `Mistake` for a prompt that does not fit the context, or that is empty where the tokenizer has no bos.
+        """
+        how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens)
+        texts, stop = ([x] if isinstance(x, str) else list(x) for x in (prompts, stop))
+        tokens = [self._prompt(text) for text in texts]
+        copies = num_return_sequences
+        if copies < 1 or max_new_tokens < 1 or batch < 1 or "" in stop:
+            raise Mistake("num_return_sequences, max_new_tokens and batch are 1 at least, and a stop string is not empty")
+        if stream and len(texts) * copies * beams > 1:
+            raise Mistake(f"stream follows one text; {len(texts)} prompts x {copies} sequences x {beams} beams were asked for")
+        if beams > 1 and (copies > beams or temperature not in (0, 1)):
+            raise Mistake(f"beams={beams} gives at most as many sequences, the likeliest: no num_return_sequences={copies} "
+                          f"and no temperature={temperature}")  # fmt: skip
+        ends = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
+        out: list[list[str]] = []
+        for at in range(0, len(tokens), batch):
+            part = tokens[at : at + batch]
+            replies = [Reply(self.tokenizer, prompt, stop, stream) for prompt in part for _ in range(copies)]
+            if beams > 1:
+                found = self._beams(
+                    part, beams=beams, max_new_tokens=max_new_tokens, stop=ends, length_penalty=length_penalty,
+                    early_stopping=early_stopping, how=how,
+                )  # fmt: skip
+                for i, best in enumerate(found):
+                    for reply, one in zip(replies[i * copies : (i + 1) * copies], best):
+                        reply.add(one.tokens)
+            else:
+                self.engine.generate(
+                    part, how, max_new_tokens=max_new_tokens, copies=copies, stop=ends, seed=seed, ids=range(first + at, first + at + len(part)),
+                    steps=STREAM if stream else STEPS, watch=lambda row, new: replies[row].add(new),  # noqa: B023
+                )  # fmt: skip
+            finished = [reply.finish() for reply in replies]
+            out += [finished[i : i + copies] for i in range(0, len(finished), copies)]
+        return [row[0] for row in out] if copies == 1 else out
+
+    def _prompt(self, text: str) -> list[int]:
+        tok, context = self.tokenizer, self.blueprint.config.context
+        tokens = tok.encode(text)
+        if tok.bos is not None and (tok.add_bos or not tokens):
+            tokens = [tok.bos, *tokens]
+        if not tokens:
+            raise Mistake("the prompt is empty, and this tokenizer has no bos token to begin with; give it some text")
+        if len(tokens) >= context:
+            raise Mistake(f"the prompt has {len(tokens):,} tokens, which leaves no room in the model's context of {context:,}")
+        return tokens
+
+
+def _nll(blueprint: Blueprint, params: Tree, rows: jax.Array) -> jax.Array:
+    """Nats [B, T] of tokens 1.. of rows [B, T + 1]; the logits of a few tokens exist at a time."""
+    model = blueprint.bind(params)
+    x_BTD, _ = model.hidden(rows[:, :-1])
+    B, T, D = x_BTD.shape
+    head_VD = model.head_VD.astype(x_BTD.dtype)
+
+    def one(token):
+        x_D, label = token
+        logits_V = (head_VD @ x_D).astype(jnp.float32)
+        return jax.nn.logsumexp(logits_V) - logits_V[label]
+
+    tokens = x_BTD.reshape(B * T, D), rows[:, 1:].reshape(B * T)
+    return jax.lax.map(one, tokens, batch_size=max(1, min(B * T, LOGITS_AT_ONCE // len(head_VD)))).reshape(B, T)
+
+
+class Reply:
+    """The text of one continuation while its tokens come in, decoded behind its prompt, on which spaces may depend.
+
+    Held back from `stream` is what later tokens may change: half a character, and what may be the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str], stream: Callable[[str], object] | None = None):
+        self.text = ""
+        self._tokenizer, self._stop, self._stream = tokenizer, stop, stream
+        self._tokens, self._before, self._sent = list(prompt), len(tokenizer.decode(prompt)), 0
+
+    def add(self, new: list[int]) -> bool:
+        """Take more tokens; whether the text has ended, before a stop string."""
+        self._tokens += new
+        text = self._tokenizer.decode(self._tokens)[self._before :]
+        ends = [text.index(stop) for stop in self._stop if stop in text]
+        self.text = text[: min(ends)] if ends else text
+        self._send(len(self.text) if ends else len(text) - self._held(text))
+        return bool(ends)
+
+    def finish(self) -> str:
+        """Send what was held back; returns the whole text."""
+        self._send(len(self.text))
+        return self.text
+
+    def _held(self, text: str) -> int:
+        begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(len(text) - len(text.rstrip("\ufffd")), *begun, 0)
+
+    def _send(self, upto: int) -> None:
+        if self._stream and upto > self._sent:
+            self._stream(self.text[self._sent : upto])
+            self._sent = upto

@@ -1,0 +1,143 @@
+"""Speed and memory, one JSON object a line, beside a peer measured in the same sitting.
+
+    scripts/bench.py train  --json [--layers=6 --heads=6 --width=384 --context=256 --batch=12 --vocab=65]
+    [--dtype=float32,bfloat16] scripts/bench.py decode --json [--batch=1 --prompt=32 --new=128]        GPT-2 124M shape,
+    random weights scripts/bench.py loss   --json                                          peak temporary memory,
+    chunked against full logits
+
+    --peer="PYTHON peer_torch.py"    runs the peer's `speed` or `decode` with the same shape, before and after, and prints the ratio
+
+Every measurement runs in a process of its own: the first step counts import and compilation, and peak memory is the
+process's. The keys are the peer's: dtype, params, first_step_s, step_ms, tokens_per_s, gflops; times are medians over
+--repeats.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+DEFAULTS = dict(layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128)
+GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
+
+
+def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """One train step of a GPT-2 of this shape with AdamW and clipping, as `jaxlm train` runs it: the median of its
+    times.
+    """
+    began = time.perf_counter()
+    import jax
+    import numpy as np
+
+    from jaxlm import axes, step
+
+    imported = time.perf_counter() - began
+    mesh = axes.mesh(devices=jax.devices()[:1])
+    with axes.on(mesh):
+        parts = step.assemble(
+            model=dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context),
+            optimizer=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0),
+            steps=1000, vocab=a.vocab, mesh=mesh, rules=axes.RULES, dtype=dtype,
+        )  # fmt: skip
+        state = step.init(parts.tx, parts.blueprint.init(0), ema=0.0)
+        ids = np.random.default_rng(0).integers(0, a.vocab, (2, a.batch, a.context), dtype=np.int32)
+        batch = dict(tokens=ids[0], labels=ids[1], weights=np.ones(ids[0].shape, np.float32))
+        times = []
+        for _ in range(a.repeats + 2):
+            start = time.perf_counter()
+            state, metrics = parts.update(state, axes.put(batch, a.batch, mesh))
+            jax.block_until_ready((state, metrics))
+            times.append(time.perf_counter() - start)
+            if len(times) == 1:
+                first = time.perf_counter() - began
+    median = statistics.median(times[2:])
+    params = parts.blueprint.size - a.context * a.width
+    flops = parts.blueprint.flops_per_token(a.context) * a.batch * a.context
+    return dict(
+        device=jax.devices()[0].platform, mode="jit", dtype=dtype, params=params,
+        import_s=round(imported, 2), first_step_s=round(first, 2), step_ms=round(median * 1e3, 2),
+        tokens_per_s=round(a.batch * a.context / median), gflops=round(flops / median / 1e9, 1),
+        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    )  # fmt: skip
+
+
+def loss(a: argparse.Namespace, chunk: int) -> dict[str, Any]:
+    """What the compiler sets aside for the loss and its gradients at GPT-2's vocabulary, 8 x 1,024 tokens, width 768.
+    """
+    import jax
+
+    from jaxlm.nn.loss import cross_entropy
+
+    B, T, D, V = 8, 1024, 768, 50257
+    shapes = [
+        jax.ShapeDtypeStruct(s, t)
+        for s, t in (((B, T, D), "float32"), ((V, D), "float32"), ((B, T), "int32"), ((B, T), "float32"))
+    ]
+    gradient = jax.jit(jax.value_and_grad(lambda *xs: cross_entropy(*xs, chunk=chunk or None).loss, argnums=(0, 1)))
+    memory = gradient.lower(*shapes).compile().memory_analysis()
+    return dict(tokens=B * T, vocab=V, chunk=chunk or "auto", temporary_mb=round(memory.temp_size_in_bytes / 2**20))
+
+
+def measure(a: argparse.Namespace, what: str, variant: str) -> dict[str, Any]:
+    """Run one measurement in a fresh process and return its line."""
+    shape = [f"--{name}={getattr(a, name)}" for name in DEFAULTS]
+    done = subprocess.run(
+        [sys.executable, __file__, what, *shape, f"--variant={variant}"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """The peer's lines for the same shape."""
+    what = {"train": "speed", "decode": "decode"}[a.what]
+    names = DEFAULTS if what == "decode" else [n for n in DEFAULTS if n not in ("prompt", "new")]
+    shape = [f"--{name}={getattr(a, name)}" for name in names]
+    done = subprocess.run(
+        [*a.peer.split(), what, *shape, *a.peer_flags.split()], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def main() -> None:
+    """Measure, print a line each, and the ratio to the peer's best."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "decode", "loss"])
+    for name in DEFAULTS:
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--variant", default="")
+    parser.add_argument("--json", action="store_true", help="(always; kept so that the command says what it prints)")
+    parser.add_argument("--peer", default="")
+    parser.add_argument("--peer-flags", default="--dtype=float32")
+    a = parser.parse_args()
+    for name, value in {**DEFAULTS, **(GPT2 if a.what == "decode" else {})}.items():
+        if getattr(a, name) is None:
+            setattr(a, name, value)
+    if a.variant:
+        print(
+            json.dumps(
+                train(a, a.variant)
+                if a.what == "train"
+                else decode(a, a.variant)
+                if a.what == "decode"
+                else loss(a, int(a.variant))
+            )
+        )
+        return
+    before = peer(a) if a.peer else []
+    ours = [measure(a, a.what, variant) for variant in (["1024", "0"] if a.what == "loss" else a.dtype.split(","))]
+    after = peer(a) if a.peer else []
+    for line in (*before, *ours, *after):
+        print(json.dumps(line), flush=True)
+    if a.peer:
+        rate = "tokens_per_s" if a.what == "train" else "new_tokens_per_s"
+        best = max(x[rate] for x in ours), max(x[rate] for x in (*before, *after))
+        print(json.dumps(dict(ratio=round(best[0] / best[1], 3), what=f"best {rate} of jaxlm over the peer's best")))
+
+
+if __name__ == "__main__":
+    main()

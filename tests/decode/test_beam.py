@@ -1,0 +1,124 @@
+"""Beam search against a search of all continuations, and against the same rule written with lists."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.decode.beam import BeamSearch
+from jaxlm.decode.engine import Engine
+from jaxlm.decode.sampling import Sampling
+from jaxlm.lookup import Mistake
+from jaxlm.models import Blueprint
+
+V, CONTEXT, NEW, STOP = 5, 32, 4, 3
+PROMPTS = [[1, 2, 0], [4]]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model = Blueprint.of(
+        dict(name="llama", layers=1, width=8, heads=2, kv_heads=1, head_width=4, mlp_width=8, context=CONTEXT), vocab=V
+    )
+    return Engine(
+        model, jax.tree.map(lambda x: x + 0.6 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
+    )
+
+
+@pytest.fixture(scope="module")
+def search(engine):
+    return BeamSearch(engine)
+
+
+@pytest.fixture(scope="module")
+def log_probs(engine):
+    """Log-probabilities [V] of the token after a row, in one pass over it."""
+    forward = jax.jit(lambda tokens_BT: jax.nn.log_softmax(engine.blueprint.bind(engine.params)(tokens_BT)[0]))
+    known = {}
+
+    def after(row):
+        if tuple(row) not in known:
+            known[tuple(row)] = np.asarray(forward(np.pad(np.array([row]), ((0, 0), (0, CONTEXT - len(row))))))[
+                0, len(row) - 1
+            ]
+        return known[tuple(row)]
+
+    return after
+
+
+def check(found, expected):
+    assert [one.tokens for one in found] == [tokens for _, tokens in expected]
+    np.testing.assert_allclose([one.score for one in found], [score for score, _ in expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
+def test_a_search_wide_enough_finds_what_trying_everything_finds(search, log_probs, penalty):
+    for prompt, found in zip(PROMPTS, search(
+        PROMPTS, beams=500, max_new_tokens=NEW, stop=[STOP], length_penalty=penalty, early_stopping="never"
+    )):  # fmt: skip
+        every = []
+        for length in range(1, NEW + 1):
+            for new in itertools.product(range(V), repeat=length):
+                if STOP not in new[:-1] and (new[-1] == STOP or length == NEW):
+                    total = sum(log_probs([*prompt, *new[:i]])[token] for i, token in enumerate(new))
+                    every.append((total / length**penalty, [token for token in new if token != STOP]))
+        every.sort(reverse=True)
+        assert len(found) == len(every) == 1 + 4 + 16 + 64 * 5
+        check(found[:8], every[:8])
+
+
+def by_lists(log_probs, prompt, beams, penalty, early):
+    """The same rule in plain Python."""
+    growing, finished = [(0.0, [])], []
+    for length in range(1, NEW + 1):
+        pairs = [(total + p, [*new, t]) for total, new in growing for t, p in enumerate(log_probs(prompt + new))]
+        pairs = sorted(pairs, reverse=True)[: 2 * beams]
+        ends = [length == NEW or new[-1] == STOP for _, new in pairs]
+        finished += [(total / length**penalty, new) for (total, new), end in list(zip(pairs, ends))[:beams] if end]
+        finished = sorted(finished, reverse=True)[:beams]
+        growing = [pair for pair, end in zip(pairs, ends) if not end][:beams]
+        if len(finished) == beams:
+            best = (
+                growing[0][0] / (NEW if early == "never" and penalty > 0 else length) ** penalty if growing else -np.inf
+            )
+            if early == "full" or best <= finished[-1][0]:
+                break
+    return [(score, [t for t in new if t != STOP]) for score, new in finished]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("early", ["best", "full", "never"])
+def test_rows_are_kept_ended_and_ranked_by_the_rule(search, log_probs, early, penalty):
+    found = search(PROMPTS, beams=3, max_new_tokens=NEW, stop=[STOP], length_penalty=penalty, early_stopping=early)
+    for prompt, row in zip(PROMPTS, found):
+        check(row, by_lists(log_probs, prompt, 3, penalty, early))
+
+
+def test_one_beam_is_greedy(engine, search):
+    greedy = engine.generate(PROMPTS, Sampling(temperature=0), max_new_tokens=12, stop=[STOP])
+    assert [
+        row[0].tokens for row in search(PROMPTS, beams=1, max_new_tokens=12, stop=[STOP], early_stopping="full")
+    ] == greedy
+
+
+def test_a_prompt_is_searched_the_same_alone_and_among_others(search):
+    both = search(PROMPTS, beams=3, max_new_tokens=8, stop=[STOP])
+    for prompt, row in zip(PROMPTS, both):
+        check(search([prompt], beams=3, max_new_tokens=8, stop=[STOP])[0], [(one.score, one.tokens) for one in row])
+
+
+def test_constraints_hold_in_every_row(search):
+    for row in search(
+        PROMPTS, beams=4, max_new_tokens=10, stop=[STOP], how=Sampling(no_repeat_ngram_size=2, min_new_tokens=3)
+    ):
+        for one in row:
+            pairs = list(zip(one.tokens, one.tokens[1:]))
+            assert len(one.tokens) >= 3 and len(pairs) == len(set(pairs))
+
+
+def test_a_search_that_makes_no_sense_is_a_mistake(search):
+    with pytest.raises(Mistake, match="beams=0"):
+        search(PROMPTS, beams=0, max_new_tokens=2)
+    with pytest.raises(Mistake, match="did you mean 'never'"):
+        search(PROMPTS, beams=2, max_new_tokens=2, early_stopping="nevr")
