@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import errno
 import logging
+import time
 from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import orbax.checkpoint as ocp
@@ -113,18 +115,31 @@ class Checkpoints:
         `shapes` may name some parts of the state only. Raises `Mistake` when checkpoints exist (of `steps`, if given)
         and every one is damaged or of another model.
         """
-        reasons = []
+        reasons = {}
         for step in reversed(self.steps()) if steps is None else steps:
             try:
-                return step, self._read(step, shapes)
+                found = self._read(step, shapes)
             except Exception as e:
-                reasons.append(f"step {step}: {_first_line(e)}")
+                reasons[step] = f"step {step}: {_first_line(e)}"
                 log.warning("checkpoint of step %d is damaged and is skipped (%s)", step, _first_line(e))
+                continue
+            return step, found
         if reasons:
             raise Mistake(
                 "no checkpoint can be used; move the folder `checkpoints` away to start afresh. " + "; ".join(reasons)
             )
         return None
+
+    def set_aside(self, after: int) -> None:
+        """Rename the checkpoints of steps beyond `after`, which are damaged, so that these steps can be saved anew."""
+        damaged = [step for step in self.steps() if step > after]
+        if damaged and jax.process_index() == 0:
+            for step in damaged:
+                folder = epath.Path(self._manager.directory) / str(step)
+                folder.rename(folder.with_name(f"{step}.damaged-{time.time_ns()}"))
+        if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
 
     def _read(self, step: int, shapes: Mapping[str, Any]) -> Any:
         parts = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}

@@ -55,15 +55,25 @@ def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: A
     missing, so that every key in a config is either used or refused.
     """
     parameters = list(inspect.signature(fn).parameters.values())[len(given) :]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    takes = {
-        p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in more
-    }
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in more]
     section = dict(section or {})
-    for name in section:
-        if name not in takes and not open_ended:
-            raise miss(where, name, takes)
-    missing = [n for n, p in takes.items() if p.default is p.empty and n not in section]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known(where, section, [p.name for p in named])
+    missing = [p.name for p in named if p.default is p.empty and p.name not in section]
     if missing:
-        raise Mistake(f"{where} needs {', '.join(map(repr, missing))}; it takes: {', '.join(takes)}")
+        takes = ", ".join(p.name for p in named)
+        raise Mistake(f"{where} needs {', '.join(map(repr, missing))}; it takes: {takes}")
     return fn(*given, **more, **section)
+
+
+def known(where: str, found: Iterable[str], takes: Iterable[str]) -> None:
+    """Raise `Mistake` for the first name in `found` that is not among those that `where` takes."""
+    takes = set(takes)
+    for name in found:
+        if name not in takes:
+            raise miss(where, name, takes)
+
+
+def keywords(fn: Callable) -> set[str]:
+    """The names of a function's keyword-only parameters: its options."""
+    return {p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY}

@@ -30,9 +30,9 @@ def learning_rate(
     `rsqrt` falls as 1/sqrt(step) from the end of the warm-up on, whatever `steps` is (arXiv:1910.10683, section 3.1.2).
     """
     if name != "rsqrt":
-        shape = lookup.key("config.optim.schedule", name, SCHEDULES | {"rsqrt": None})
+        shape = lookup.key("config.optimizer.schedule", name, SCHEDULES | {"rsqrt": None})
     if not 0 <= warmup <= steps:
-        raise lookup.Mistake(f"config.optim.warmup={warmup} is not between 0 and config.steps={steps}")
+        raise lookup.Mistake(f"config.optimizer.warmup={warmup} is not between 0 and config.steps={steps}")
 
     def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -58,7 +58,9 @@ def optimizer(
     off vectors and norms. Muon turns the matrices; embeddings and vectors get Adam. Raises `Mistake` for an unknown
     name or option.
     """
-    make = lookup.key("config.optim.name", name, _optimizers())
+    make = lookup.key("config.optimizer.name", name, _optimizers())
+    own = set(inspect.signature(make).parameters) - {"learning_rate", "mask", "weight_decay_mask"}
+    lookup.known("config.optimizer", options, own | lookup.keywords(optimizer) - {"steps"})
     rate = learning_rate(schedule, lr, steps, warmup, final, decay)
     if "weight_decay" in inspect.signature(make).parameters:
         options = {"weight_decay": 0.0, **options}
@@ -67,7 +69,7 @@ def optimizer(
     decays = jax.tree_util.tree_map_with_path(lambda path, _: axes.is_matrix(path), shapes)
     parts = [
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        lookup.spend("config.optim", make, {"learning_rate": rate, **options}),
+        make(rate, **options),
         optax.add_decayed_weights(lambda step: -weight_decay * rate(step), decays)
         if weight_decay
         else optax.identity(),

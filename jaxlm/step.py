@@ -74,6 +74,7 @@ def assemble(
     blueprint = Blueprint.of(model or {}, vocab=vocab, dtype=dtype)
     tx, rate = lookup.spend("config.optimizer", optim.optimizer, optimizer, blueprint.shapes, steps=steps)
     limits = lookup.spend("config.guard", Guard, guard)
+    lookup.known("config.objective", goal, lookup.keywords(task.loss))
     loss = functools.partial(task.loss, **goal)
     function = make(blueprint, tx, loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits)
     state = shapes(blueprint, tx, mesh, rules, ema=ema)

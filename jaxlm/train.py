@@ -93,6 +93,7 @@ def train(
         with checkpoints, log:
             if restored:
                 state = restored[1]
+                checkpoints.set_aside(start)
                 log.say(f"going on after step {start} of {steps}")
             else:
                 params = blueprint.init(seed, grid, rules)

@@ -15,7 +15,7 @@ import tensorstore as ts
 STEPS = 12
 
 
-def settings(*, steps: int = STEPS, total: int | None = None, **changes: Any) -> dict[str, Any]:
+def settings(*, steps: int = STEPS, **changes: Any) -> dict[str, Any]:
     """The keys of a run with packing, a mixture, dropout, accumulation and a moving average; `total` fixes the
     schedule.
     """

@@ -44,13 +44,19 @@ class Cache:
         written.
         """
 
-        def put(old, new_BKTH):  # a slice per row: updated in place, where a scatter would copy
-            for b, new_KTH in enumerate(new_BKTH.astype(old[0].dtype)):
-                if isinstance(old, tuple):
-                    start = (b * new_KTH.shape[0], self.lengths_B[b], 0)
-                    old = (*old[:layer], jax.lax.dynamic_update_slice(old[layer], new_KTH, start), *old[layer + 1 :])
-                else:
-                    old = jax.lax.dynamic_update_slice(old, new_KTH[None, None], (layer, b, 0, self.lengths_B[b], 0))
+        B, K, T, H = k_BKTH.shape
+        row_B, slot_BT = jnp.arange(B), self.lengths_B[:, None] + jnp.arange(T)[None]
+
+        def put(old, new_BKTH):
+            new = new_BKTH.astype(jnp.result_type(*jax.tree.leaves(old)))
+            if isinstance(old, tuple):
+                row = jnp.arange(B * K)[:, None]
+                x = old[layer].at[row, jnp.repeat(slot_BT, K, axis=0)].set(new.reshape(B * K, T, H), mode="drop")
+                return (*old[:layer], x, *old[layer + 1 :])
+            if T == 1:
+                return old.at[layer, row_B, :, self.lengths_B].set(new[:, :, 0], mode="drop")
+            for b in range(B):  # many tokens of a row lie together, and are copied as one
+                old = jax.lax.dynamic_update_slice(old, new[None, b : b + 1], (layer, b, 0, self.lengths_B[b], 0))
             return old
 
         return dataclasses.replace(self, k_LBKSH=put(self.k_LBKSH, k_BKTH), v_LBKSH=put(self.v_LBKSH, v_BKTH))

@@ -29,8 +29,22 @@ def features(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def loss(model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None = None, **options: Any) -> Sums:
-    """Sums over the batch's real tokens (nats); divide by `.weight` for the mean. Without a key: no dropout."""
+def loss(
+    model: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> Sums:
+    """Sums over the batch's real tokens (nats); divide by `.weight` for the mean. Without a key: no dropout.
+
+    The options are those of `jaxlm.nn.loss.cross_entropy`.
+    """
     segments_BT = batch.get("segments")  # left out where one document fills every row
     x_BTD, _ = model.hidden(batch["tokens"], segments_BT=segments_BT, key=key)
-    return cross_entropy(x_BTD, model.head_VD, batch["labels"], batch["weights"], **options)
+    return cross_entropy(
+        x_BTD, model.head_VD, batch["labels"], batch["weights"],
+        label_smoothing=label_smoothing, z_loss=z_loss, chunk=chunk,
+    )  # fmt: skip
