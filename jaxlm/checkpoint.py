@@ -115,12 +115,12 @@ class Checkpoints:
         `shapes` may name some parts of the state only. Raises `Mistake` when checkpoints exist (of `steps`, if given)
         and every one is damaged or of another model.
         """
-        reasons = {}
+        reasons = []
         for step in reversed(self.steps()) if steps is None else steps:
             try:
                 found = self._read(step, shapes)
             except Exception as e:
-                reasons[step] = f"step {step}: {_first_line(e)}"
+                reasons.append(f"step {step}: {_first_line(e)}")
                 log.warning("checkpoint of step %d is damaged and is skipped (%s)", step, _first_line(e))
                 continue
             return step, found

@@ -4,9 +4,9 @@
     jaxlm evaluate --workdir=runs/quickstart --data=text:novel.txt --json=novel.json
     jaxlm evaluate --workdir=runs/quickstart --data=store:data/python_docs:docs:validation --stride=64 --limit=100
 
---data is a source as for `jaxlm prepare` (text:PATH, jsonl:PATH, python-docs:, ...) or store:PATH[:source[:split]]. A document longer
-than --context tokens (those of a training row unless given) is read in windows, --stride tokens apart (half the context).
---limit bounds how many documents are read; --json=- prints JSON instead of the table.
+--data is a source as for `jaxlm prepare` (text:PATH, jsonl:PATH, python-docs:, ...) or store:PATH[:source[:split]]. A
+document longer than --context tokens (those of a training row unless given) is read in windows, --stride tokens apart
+(half the context). --limit bounds how many documents are read; --json=- prints JSON instead of the table.
 """
 
 from collections.abc import Iterable, Iterator
@@ -39,7 +39,9 @@ def documents(model: lm.LM, data: str) -> dict[str, Documents]:
     path, source, split = _parts(rest)
     opened = store.open(path)
     if opened.tokenizer().fingerprint != model.tokenizer.fingerprint:
-        raise Mistake(f"store {path} was made with another tokenizer than the model's; give its text as a source instead")
+        raise Mistake(
+            f"store {path} was made with another tokenizer than the model's; give its text as a source instead"
+        )
     found = {name: opened.split(name, split) for name in ([source] if source else opened.sources)}
     return {f"{name} {split}": _stored(documents) for name, documents in found.items()}
 
@@ -83,7 +85,16 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
 def main(argv: list[str]) -> int:
     """Evaluate each source that `--data` names, and all of them together."""
     args = config.parse(
-        __doc__ or "", argv, config=False, data=str, stride=int, context=int, json=str, limit=int, batch=8, step="newest"
+        __doc__ or "",
+        argv,
+        config=False,
+        data=str,
+        stride=int,
+        context=int,
+        json=str,
+        limit=int,
+        batch=8,
+        step="newest",
     )
     model = lm.load(args.workdir, step=args.step)
     data = args.data or f"store:{config.read(args.workdir).store}"

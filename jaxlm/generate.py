@@ -1,11 +1,12 @@
 """Continue prompts with a trained model.
 
-    jaxlm generate --workdir=runs/quickstart --prompt="Once upon" --temperature=0.8 --top_p=0.95    streams to the terminal
-    jaxlm generate --workdir=runs/quickstart --prompts=questions.txt --output=answers.jsonl         in the order of the file
+    jaxlm generate --workdir=runs/quickstart --prompt="Once upon" --temperature=0.8 --top_p=0.95
     jaxlm generate --workdir=runs/quickstart --prompt="Once upon" --beams=4 --length_penalty=0.6
+    jaxlm generate --workdir=runs/quickstart --prompts=questions.txt --output=answers.jsonl
 
-A file of prompts holds one a line, or as .jsonl objects {"prompt": ...}; out come JSON lines, the same with "texts" added.
-Temperature 0 is greedy; --stop may be repeated. Without a prompt the model begins a document of its own.
+One text streams to the terminal. A file of prompts holds one a line, or as .jsonl objects {"prompt": ...}; out come
+JSON lines in the same order, with "texts" added. Temperature 0 is greedy; --stop may be repeated. Without a prompt the model
+begins a document of its own.
 """
 
 from collections.abc import Iterator
@@ -60,8 +61,8 @@ def answers(model: lm.LM, records: list[dict[str, Any]], options: dict[str, Any]
 
 def main(argv: list[str]) -> int:
     """Stream the continuation of one prompt, or write those of a file."""
-    own = dict(prompt=str, prompts=str, output=str, step="newest")
-    args = config.parse(__doc__ or "", argv, config=False, **own, **OPTIONS)
+    flags: dict[str, Any] = dict(prompt=str, prompts=str, output=str, step="newest") | OPTIONS
+    args = config.parse(__doc__ or "", argv, config=False, **flags)
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.prompts is not None and args.prompt is not None:
         raise Mistake("--prompt and --prompts were both given; one of them, please")

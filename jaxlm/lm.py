@@ -1,9 +1,10 @@
 """A trained language model in a notebook: `lm = jaxlm.load(WORKDIR)`.
 
-    lm.generate("def main(", temperature=0.8, top_p=0.95)     "argv):\\n    ..."
-    lm.score(["hello"])                                       [Score(nats=9.1, tokens=3, bytes=5)]     .perplexity, .bits_per_byte
+    lm.generate("def main(", temperature=0.8, top_p=0.95)     ["argv):\\n    ..."]
+    lm.score(["hello"])                                       [Score(nats=9.1, tokens=3, bytes=5)]
     lm.logits(lm.tokenizer.encode("hello"))                   float32 [1, T, V]
-    lm.model, lm.params, lm.tokenizer, lm.config              the parts
+
+Its parts are lm.model, lm.params, lm.tokenizer and lm.config. A score has loss, perplexity and bits_per_byte.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ def load(workdir: str, *, step: str | int = "newest") -> "LM":
     """
     config = configs.read(workdir)
     tokenizer = tokenizers.load(epath.Path(workdir) / "tokenizer")
-    dtype = config.get("dtype", "auto")
+    dtype = str(config.get("dtype", "auto"))
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     blueprint = Blueprint.of(config.model, vocab=tokenizer.vocab, dtype=dtype)
@@ -65,7 +66,7 @@ def spelled(fn: Function) -> Function:
 class LM:
     """A model with its parameters and its tokenizer."""
 
-    def __init__(self, blueprint: Blueprint, params: Tree, tokenizer: Tokenizer, config: Mapping[str, Any] | None = None):
+    def __init__(self, blueprint: Blueprint, params: Tree, tokenizer: Tokenizer, config: Any = None):
         self.blueprint, self.params, self.tokenizer, self.config = blueprint, params, tokenizer, config
         self.model = blueprint.bind(params)
         self._forward = jax.jit(lambda params, tokens_BT: blueprint.bind(params)(tokens_BT)[0])
@@ -74,7 +75,7 @@ class LM:
     @functools.cached_property
     def engine(self) -> Engine:
         """What continues rows of token ids; made when first needed."""
-        return Engine(self.blueprint, self.params)
+        return Engine(self.blueprint, self.params, self.tokenizer.vocab)
 
     @functools.cached_property
     def _beams(self) -> BeamSearch:
@@ -87,27 +88,23 @@ class LM:
         return min(most, (self.config or {}).get("length", most))
 
     def logits(self, token_ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array) -> np.ndarray:
-        """Logits [B, T, V] in float32 of the token after each of `token_ids`: one row [T], or rows of one length [B, T].
+        """Logits [B, T, V] in float32 of what follows each of `token_ids`: one row [T], or rows of one length [B, T].
 
         Raises `Mistake` for rows of different lengths, for ids that the model does not know, and beyond its context.
         """
         try:
             tokens_BT = np.atleast_2d(np.asarray(token_ids))
         except ValueError:
-            raise Mistake("lm.logits takes rows of one length; call it for each row, or pad them on the right") from None
-        self._check(tokens_BT)
-        length = tokens_BT.shape[1]
-        if length > self.blueprint.config.context:
-            raise Mistake(f"{length:,} tokens, but the model reads {self.blueprint.config.context:,}")
-        padding = ((0, 0), (0, bucket(length, 16, self.blueprint.config.context) - length))  # which a causal model cannot see
-        return np.asarray(self._forward(self.params, np.pad(tokens_BT, padding)))[:, :length]
-
-    def _check(self, tokens: np.ndarray) -> None:
-        vocab = self.blueprint.config.vocab
-        if not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise Mistake("lm.logits takes rows of one length; call it for each, or pad them on the right") from None
+        length, context, vocab = tokens_BT.shape[1], self.blueprint.config.context, self.blueprint.config.vocab
+        if not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
             raise Mistake("token ids are whole numbers, one at least")
-        if tokens.min() < 0 or tokens.max() >= vocab:
-            raise Mistake(f"token ids from {tokens.min()} to {tokens.max()}, but the model's vocabulary has {vocab}")
+        if tokens_BT.min() < 0 or tokens_BT.max() >= vocab:
+            raise Mistake(f"ids from {tokens_BT.min()} to {tokens_BT.max()}, but the model's vocabulary has {vocab}")
+        if length > context:
+            raise Mistake(f"{length:,} tokens, but the model reads {context:,}")
+        padding = bucket(length, 16, context) - length  # on the right, where a causal model does not look
+        return np.asarray(self._forward(self.params, np.pad(tokens_BT, ((0, 0), (0, padding)))))[:, :length]
 
     def nll(self, rows: np.ndarray) -> np.ndarray:
         """Negative log-likelihood in nats [B, T] of tokens 1.. of rows [B, T + 1], each given those before it."""
@@ -133,29 +130,33 @@ class LM:
 
     @spelled
     def generate(
-        self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        min_p: float = 0.0, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, min_new_tokens: int = 0,
-        num_return_sequences: int = 1, stop: str | Sequence[str] = (), seed: int = 0, beams: int = 1, length_penalty: float = 1.0,
-        early_stopping: str = "best", stream: Callable[[str], object] | None = None, batch: int = 16, first: int = 0,
+        self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0,
+        min_new_tokens: int = 0, num_return_sequences: int = 1, stop: str | Sequence[str] = (), seed: int = 0,
+        beams: int = 1, length_penalty: float = 1.0, early_stopping: str = "best",
+        stream: Callable[[str], object] | None = None, batch: int = 16, first: int = 0,
     ) -> list[str] | list[list[str]]:  # fmt: skip
-        """Continue each prompt, until eos, a `stop` string, `max_new_tokens` or the end of the context: the new texts alone.
+        """Continue each prompt until eos, a `stop` string, `max_new_tokens` or the context's end: the new texts alone.
 
-        One text a prompt, or lists of texts for several `num_return_sequences`. Temperature 0 is greedy. With `beams` of 2 or more
-        the likeliest texts are searched for instead of drawn. `stream` is called with each piece of the one text as it comes. What
-        a prompt draws depends on `seed` and its place among the prompts, counted from `first`, not on the others nor on `batch`.
-        Raises `Mistake` for a prompt that does not fit the context, or that is empty where the tokenizer has no bos.
+        One text a prompt, or a list of texts where `num_return_sequences` is above 1. Temperature 0 is greedy. With
+        `beams` of 2 or more the likeliest texts are searched for instead of drawn. `stream` is called with each piece
+        of the one text as it comes. What a prompt draws depends on `seed` and its place among the prompts, counted from
+        `first`: neither on the others nor on `batch`. Raises `Mistake` for a prompt that does not fit the context, and
+        for an empty one where the tokenizer has no bos.
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens)
         texts, stop = ([x] if isinstance(x, str) else list(x) for x in (prompts, stop))
         tokens = [self._prompt(text) for text in texts]
         copies = num_return_sequences
         if copies < 1 or max_new_tokens < 1 or batch < 1 or "" in stop:
-            raise Mistake("num_return_sequences, max_new_tokens and batch are 1 at least, and a stop string is not empty")
+            raise Mistake("num_return_sequences, max_new_tokens, batch: 1 at least; and a stop string is not empty")
         if stream and len(texts) * copies * beams > 1:
-            raise Mistake(f"stream follows one text; {len(texts)} prompts x {copies} sequences x {beams} beams were asked for")
+            raise Mistake(
+                f"stream follows one text; {len(texts)} prompts x {copies} sequences x {beams} beams are more"
+            )
         if beams > 1 and (copies > beams or temperature not in (0, 1)):
-            raise Mistake(f"beams={beams} gives at most as many sequences, the likeliest: no num_return_sequences={copies} "
-                          f"and no temperature={temperature}")  # fmt: skip
+            fault = f"num_return_sequences={copies}" if copies > beams else f"temperature={temperature}"
+            raise Mistake(f"beams={beams} finds as many texts, the likeliest, so {fault} cannot be")
         ends = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
         out: list[list[str]] = []
         for at in range(0, len(tokens), batch):
@@ -171,8 +172,9 @@ class LM:
                         reply.add(one.tokens)
             else:
                 self.engine.generate(
-                    part, how, max_new_tokens=max_new_tokens, copies=copies, stop=ends, seed=seed, ids=range(first + at, first + at + len(part)),
-                    steps=STREAM if stream else STEPS, watch=lambda row, new: replies[row].add(new),  # noqa: B023
+                    part, how, max_new_tokens=max_new_tokens, copies=copies, stop=ends, seed=seed,
+                    ids=range(first + at, first + at + len(part)), steps=STREAM if stream else STEPS,
+                    watch=lambda row, new: replies[row].add(new),  # noqa: B023
                 )  # fmt: skip
             finished = [reply.finish() for reply in replies]
             out += [finished[i : i + copies] for i in range(0, len(finished), copies)]
@@ -186,7 +188,9 @@ class LM:
         if not tokens:
             raise Mistake("the prompt is empty, and this tokenizer has no bos token to begin with; give it some text")
         if len(tokens) >= context:
-            raise Mistake(f"the prompt has {len(tokens):,} tokens, which leaves no room in the model's context of {context:,}")
+            raise Mistake(
+                f"the prompt has {len(tokens):,} tokens, which leaves no room in the model's context of {context:,}"
+            )
         return tokens
 
 
@@ -209,10 +213,12 @@ def _nll(blueprint: Blueprint, params: Tree, rows: jax.Array) -> jax.Array:
 class Reply:
     """The text of one continuation while its tokens come in, decoded behind its prompt, on which spaces may depend.
 
-    Held back from `stream` is what later tokens may change: half a character, and what may be the beginning of a stop string.
+    Held back from `stream` is what later tokens may change: half a character, and what may begin a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: list[str], stream: Callable[[str], object] | None = None):
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], stop: list[str], stream: Callable[[str], object] | None = None
+    ):
         self.text = ""
         self._tokenizer, self._stop, self._stream = tokenizer, stop, stream
         self._tokens, self._before, self._sent = list(prompt), len(tokenizer.decode(prompt)), 0

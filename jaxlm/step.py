@@ -127,7 +127,7 @@ def make(
 
         def add(total, xs):
             part, i = xs
-            (_, sums), grads = both(params, part, jax.random.fold_in(key, i))
+            (_, sums), grads = both(params, part, None if key is None else jax.random.fold_in(key, i))
             return jax.tree.map(jnp.add, total, (grads, sums)), None
 
         parts = jax.tree.map(lambda x: _interleave(x, accumulate), dict(batch))
@@ -136,22 +136,18 @@ def make(
 
     def step(state, batch):
         progress = state["progress"]
-        key = jax.random.fold_in(jax.random.key(seed), progress["step"])
+        key = jax.random.fold_in(jax.random.key(seed), progress["step"]) if blueprint.config.dropout else None
         grads, sums = gradients(state["params"], batch, key)
         norm, mean = optax.tree.norm(grads), sums.loss / jnp.maximum(sums.weight, 1.0)
         spike = (progress["seen"] >= guard.after) & (norm > guard.factor * progress["norm"])
         good = jnp.isfinite(norm) & jnp.isfinite(mean) & (sums.weight > 0) & ~spike
 
-        def apply(state):
-            updates, opt = tx.update(grads, state["opt"], state["params"])
-            params = optax.apply_updates(state["params"], updates)
-            new = dict(params=params, opt=opt)
-            if ema:
-                new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - ema)
-            return new
-
-        kept = {name: tree for name, tree in state.items() if name != "progress"}
-        new = jax.lax.cond(good, apply, lambda state: state, kept)
+        updates, opt = tx.update(grads, state["opt"], state["params"])
+        new = dict(params=optax.apply_updates(state["params"], updates), opt=opt)
+        if ema:
+            new["ema"] = optax.incremental_update(new["params"], state["ema"], 1.0 - ema)
+        old = {name: state[name] for name in new}
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # fused with the update; a cond would copy
         blend = jnp.where(progress["seen"] == 0, norm, 0.98 * progress["norm"] + 0.02 * norm)
         new["progress"] = dict(
             step=progress["step"] + 1,

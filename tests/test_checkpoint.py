@@ -69,7 +69,6 @@ def swap_in_another_steps_file(folder):
             target.write_bytes(file.read_bytes())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's reads still under way
 @pytest.mark.parametrize("damage", [change_a_byte, remove_a_file, cut_a_file_short, swap_in_another_steps_file])
 @pytest.mark.parametrize("part", ["params", "opt", "seal"])
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(saved, part, damage, caplog):

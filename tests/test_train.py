@@ -102,7 +102,6 @@ def test_sigterm_saves_says_so_and_exits_with_zero(store, whole, tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's reads still under way
 def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_saved_anew(store, whole, tmp_path, caplog):
     train.train(str(tmp_path), store=store, **settings(steps=8))
     damage_a_byte(tmp_path / "checkpoints" / "8" / "params")
@@ -112,7 +111,6 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_saved_anew(store, w
     assert len(list((tmp_path / "checkpoints").glob("8.damaged-*"))) == 1, "nothing is thrown away"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_when_every_checkpoint_is_damaged_it_says_so_and_touches_nothing(store, tmp_path):
     train.train(str(tmp_path), store=store, **settings(steps=4))
     for folder in (tmp_path / "checkpoints").iterdir():

@@ -1,9 +1,11 @@
 """Beam search: the likeliest continuations that a search of `beams` rows a prompt finds.
 
-    BeamSearch(engine)([[5, 6, 7]], beams=2, max_new_tokens=4, stop=[2])      [[Found([9, 4], -0.8), Found([9, 1, 1, 3], -0.9)]]
+    search = BeamSearch(engine)
+    search([[5, 6, 7]], beams=2, max_new_tokens=4, stop=[2])       [[Found([9, 4], -0.8), Found([9, 1, 1, 3], -0.9)]]
 
-A finished row's score is the sum of its log-probabilities (nats) / length ** length_penalty, where the length counts the new
-tokens and the stop token: above 0 favours long rows, since the sums are negative. Rows stop and are ranked as in transformers.
+A finished row's score is the sum of its log-probabilities (nats) / length ** length_penalty, where the length counts the
+new tokens and the stop token: above 0 favours long rows, since sums are negative. Rows end and are ranked as in
+transformers.
 """
 
 from collections.abc import Sequence
@@ -54,18 +56,18 @@ class BeamSearch:
         self, prompts: Sequence[Sequence[int]], *, beams: int, max_new_tokens: int, stop: Sequence[int] = (),
         length_penalty: float = 1.0, early_stopping: str = "best", how: Sampling = Sampling(),  # noqa: B008
     ) -> list[list[Found]]:  # fmt: skip
-        """The best continuations of each prompt, `beams` of them where there are as many; of `how` only the constraints apply.
+        """The best continuations of each prompt, `beams` of them if there are so many; of `how` the constraints apply.
 
-        `early_stopping` says when a prompt is done: "full" as soon as `beams` rows have finished; "best" when the best growing
-        row, scored at its present length, is behind all of them; "never" when it would be behind at any length it may reach.
+        `early_stopping` says when a prompt is done: "full" as soon as `beams` rows have finished; "best" when the best
+        growing row, scored at its present length, is behind all of them; "never" when it would be behind at any length
+        that it may reach. Raises `Mistake` as `Engine.generate` does.
         """
-        vocab = self._engine.blueprint.config.vocab
         if beams < 1:
             raise Mistake(f"beams={beams}; it takes one at least")
         patience = key("early_stopping", early_stopping, EARLY)
         rows, _ = self._engine.start(prompts, max_new_tokens, copies=beams)
-        stop_V = np.isin(np.arange(vocab), np.asarray(stop, np.int64))
-        wide = min(1 + max(1, int(stop_V.sum())), vocab) * beams  # so many that enough of them do not end at once
+        stop_V = self._engine.mark(stop)
+        wide = min(1 + max(1, int(stop_V.sum())), len(stop_V)) * beams  # so many that enough of them do not end at once
         found = self._search(
             self._engine.decoding, rows, how.rows(len(rows.done_B)), stop_V,
             np.float32(length_penalty), np.int32(patience), beams=beams, wide=wide,
@@ -90,7 +92,7 @@ class BeamSearch:
             rows = found.rows
             at_B = rows.lengths_B
             logits_BV, cache = read(model, rows.cache, rows.tokens_BS[jnp.arange(R), at_B - 1])
-            logits_BV = jax.nn.log_softmax(logits_BV)
+            logits_BV = jax.nn.log_softmax(logits_BV[:, :V])
             logits_BV = sampling.constrain(logits_BV, rows.tokens_BS, at_B, at_B - rows.prompts_B, stop_V, how)
             sums, pick = jax.lax.top_k((found.sums.reshape(R, 1) + logits_BV).reshape(B, beams * V), wide)
             parent, token = first_B1 + pick // V, pick % V  # [B, wide], as everything below

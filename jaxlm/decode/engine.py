@@ -1,4 +1,4 @@
-"""Continue rows of token ids: one prefill, then one token at a time, whole stretches of them without leaving the device.
+"""Continue rows of token ids: one prefill, then token after token without leaving the device.
 
     engine = Engine(blueprint, params)
     engine.generate([[5, 6, 7], [8]], Sampling(temperature=0), max_new_tokens=4, stop=[2])      [[9, 4, 4, 1], [3, 3]]
@@ -6,11 +6,11 @@
     prefill   the prompts, padded on the right to a bucket, fill the cache; several continuations of a prompt share it
     decode    read each row's last token, choose the next, write it behind; until `steps` are done or no row is left
 
-Shapes come in buckets (`bucket`) and all else is traced, so that neither a prompt's length nor an option compiles anything anew.
+Shapes come in buckets and all else is traced, so that neither a prompt's length nor an option compiles anything anew.
 Token ids in, token ids out: text is `jaxlm.lm`'s.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -34,7 +34,7 @@ Watch = Callable[[int, list[int]], bool]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Rows in the making: `tokens_BS` holds prompt and continuation; the cache has read all of a row but its last token."""
+    """Rows in the making: `tokens_BS` holds prompt and continuation; the cache, all of them but each row's last."""
 
     cache: Cache
     tokens_BS: jax.Array
@@ -59,8 +59,8 @@ def bucket(n: int, least: int = 1, most: int | None = None) -> int:
 def unstack(params: Tree) -> Tree:
     """The blocks' parameters as tuples of L arrays, for layers that stand in a row instead of being scanned.
 
-    A scan copies each layer's weights out of the stack before it uses them, which on a CPU triples the time of a token. On one
-    device the new arrays are views of the old ones.
+    A scan copies each layer's weights out of the stack before it uses them, which on a CPU triples the time of a token.
+    On one device the new arrays are views of the old ones.
     """
 
     def split(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -72,9 +72,9 @@ def unstack(params: Tree) -> Tree:
 
 
 def settle(params: Tree) -> Tree:
-    """The same arrays, bound to their one device without a mesh, so that all that is computed from them is placed alike.
+    """The same arrays bound to their one device; on a mesh of several they are left as they are.
 
-    Else a second call would be given arrays of another kind of placement, and be compiled anew. Left on a mesh of several devices.
+    All that is computed from them is then placed alike, so that no call is compiled anew for where its arguments lie.
     """
     return jax.tree.map(lambda x: x if len(x.devices()) > 1 else jax.device_put(x, *x.devices()), params)
 
@@ -86,10 +86,10 @@ def read(model: Any, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache
 
 
 class Engine:
-    """A model ready to continue rows. `traces` counts how often each of its programs was traced, that is, compiled."""
+    """A model ready to continue rows with token ids below `vocab`; `traces` counts how often a program was traced."""
 
-    def __init__(self, blueprint: Blueprint, params: Tree):
-        self.blueprint, self.params = blueprint, settle(params)
+    def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None):
+        self.blueprint, self.params, self.vocab = blueprint, settle(params), vocab or blueprint.config.vocab
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
         self.decoding = unstack(self.params) if self.in_a_row else self.params
         self.traces = dict(prefill=0, decode=0)
@@ -97,17 +97,18 @@ class Engine:
         self.decode = jax.jit(self._decode, donate_argnames="state")
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], how: Sampling, *, max_new_tokens: int, copies: int = 1, stop: Sequence[int] = (),
-        seed: int = 0, ids: Sequence[int] | None = None, steps: int = STEPS, watch: Watch | None = None,
+        self, prompts: Sequence[Sequence[int]], how: Sampling, *, max_new_tokens: int, copies: int = 1,
+        stop: Iterable[int] = (), seed: int = 0, ids: Iterable[int] | None = None, steps: int = STEPS,
+        watch: Watch | None = None,
     ) -> list[list[int]]:  # fmt: skip
-        """Continue each prompt `copies` times, by at most `max_new_tokens` and never beyond the context: rows of new tokens.
+        """Continue each prompt `copies` times, by `max_new_tokens` or to the end of the context: rows of new tokens.
 
-        A row ends before a token of `stop`. What it draws depends on `seed`, its prompt's entry in `ids` (its number, unless
-        given), which copy it is, and where in the row it stands. `watch(row, new)` is shown new tokens every `steps` steps,
-        and ends the row by returning True. Raises `Mistake` for a prompt that is empty or leaves no room.
+        A row ends before a token of `stop`. What it draws depends on `seed`, its prompt's entry in `ids` (its number,
+        unless given), which copy it is, and where in the row it stands. `watch(row, new)` is shown new tokens every
+        `steps` steps, and ends the row by returning True. Raises `Mistake` for a prompt that is empty or too long.
         """
         state, count = self.start(prompts, max_new_tokens, copies=copies, seed=seed, ids=ids)
-        stop_V = np.isin(np.arange(self.blueprint.config.vocab), np.asarray(stop, np.int64))
+        stop_V = self.mark(stop)
         how, halted = how.rows(len(state.done_B)), np.zeros(len(state.done_B), bool)
         first = shown = jax.device_get(state.prompts_B)
         while True:
@@ -115,19 +116,26 @@ class Engine:
             tokens, lengths, done = jax.device_get((state.tokens_BS, state.lengths_B, state.done_B))
             for row in range(count) if watch else ():
                 new = tokens[row, shown[row] : lengths[row]].tolist()
-                halted[row] |= bool(new) and watch(row, new)
+                halted[row] |= bool(new) and watch(row, new)  # type: ignore[misc]
             if (done | halted).all():
                 return [tokens[row, first[row] : lengths[row]].tolist() for row in range(count)]
             shown = lengths
 
+    def mark(self, tokens: Iterable[int]) -> np.ndarray:
+        """Which ids are among `tokens`: booleans [V]."""
+        return np.isin(np.arange(self.vocab), np.array([*tokens], np.int64))
+
     def start(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, copies: int = 1, seed: int = 0, ids: Sequence[int] | None = None
-    ) -> tuple[State, int]:
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, copies: int = 1, seed: int = 0,
+        ids: Iterable[int] | None = None,
+    ) -> tuple[State, int]:  # fmt: skip
         """The state before the first new token, padded to a bucket of rows, and how many rows are real."""
         context = self.blueprint.config.context
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        if not lengths.all():
-            raise Mistake("a prompt holds no token; it needs one at least")
+        if not len(lengths) or not lengths.all():
+            raise Mistake(
+                "there is no prompt" if not len(lengths) else "a prompt holds no token; it needs one at least"
+            )
         if lengths.max() >= context:
             raise Mistake(f"a prompt of {lengths.max():,} tokens leaves no room in a context of {context:,}")
         limits = np.minimum(lengths + max_new_tokens, context)
@@ -137,29 +145,29 @@ class Engine:
             tokens_BT[row, : len(prompt)] = prompt
         count = len(prompts) * copies
         origin_B = np.arange(len(tokens_BT) * copies) // copies  # which prompt a row continues
-        name_B = np.asarray(range(len(prompts)) if ids is None else ids, np.uint32)[np.minimum(origin_B, len(prompts) - 1)]
         copy_B = (np.arange(len(origin_B)) % copies).astype(np.uint32)
-        done_B = np.arange(len(origin_B)) >= count
         padding = (0, len(tokens_BT) - len(prompts))
+        names = np.pad(np.array([*(range(len(prompts)) if ids is None else ids)], np.uint32), padding)
         lengths, limits = np.pad(lengths, padding, constant_values=1), np.pad(limits, padding)
         state = self.prefill(
-            self.params, tokens_BT, lengths, limits[origin_B], done_B, np.uint32(seed % 2**32), name_B, copy_B,
+            self.params, tokens_BT, lengths, limits[origin_B], np.uint32(seed % 2**32), names[origin_B], copy_B,
             origin_B if copies > 1 else None, slots=slots,
         )  # fmt: skip
         return state, count
 
-    def _prefill(self, params, tokens_BT, lengths_B, limits_B, done_B, seed, name_B, copy_B, origin_B, *, slots):
+    def _prefill(self, params, tokens_BT, lengths_B, limits_B, seed, name_B, copy_B, origin_B, *, slots):
         self.traces["prefill"] += 1
         model = self.blueprint.bind(params)
         B, T = tokens_BT.shape
         cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots))[1]
-        cache = dataclasses.replace(cache, lengths_B=lengths_B - 1)  # the first step of decoding reads the last token again
+        cache = dataclasses.replace(cache, lengths_B=lengths_B - 1)  # the last token is read by the first step
         tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, slots - T)))
         if origin_B is not None:
             cache, tokens_BS, lengths_B = cache.rows(origin_B), tokens_BS[origin_B], lengths_B[origin_B]
         key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(name_B)
         key_B = jax.vmap(jax.random.fold_in)(key_B, copy_B)
-        return State(cache.unstacked() if self.in_a_row else cache, tokens_BS, lengths_B, limits_B, done_B, key_B)
+        cache = cache.unstacked() if self.in_a_row else cache
+        return State(cache, tokens_BS, lengths_B, limits_B, limits_B <= lengths_B, key_B)
 
     def _decode(self, params, state: State, halted_B, how: Sampling, stop_V, steps) -> State:
         self.traces["decode"] += 1
@@ -175,7 +183,8 @@ class Engine:
             state, step = carry
             tokens_BS, at_B, held = state.tokens_BS, state.lengths_B, state.cache.lengths_B
             logits_BV, cache = read(model, state.cache, tokens_BS[row_B, at_B - 1])
-            logits_BV = sampling.constrain(logits_BV, tokens_BS, at_B, at_B - state.prompts_B, stop_V, how)
+            new_B = at_B - state.prompts_B
+            logits_BV = sampling.constrain(logits_BV[:, : self.vocab], tokens_BS, at_B, new_B, stop_V, how)
             token_B = sampling.choose(logits_BV, jax.vmap(jax.random.fold_in)(state.key_B, at_B), how)
             done_B = state.done_B | stop_V[token_B]
             tokens_BS = tokens_BS.at[row_B, jnp.where(done_B, tokens_BS.shape[1], at_B)].set(token_B, mode="drop")

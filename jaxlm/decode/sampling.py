@@ -22,7 +22,7 @@ from jaxlm.lookup import Mistake
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Each field is a number for all rows; `rows` makes it an array, one number per row."""
+    """How the next token is chosen. Each field is a number for all rows; `rows` makes it an array, a number per row."""
 
     temperature: Any = 1.0  # 0 is greedy
     top_k: Any = 0  # 0 keeps all
@@ -57,7 +57,7 @@ def top_k(logits_BV: jax.Array, k_B: jax.Array) -> jax.Array:
 
 @shaped
 def top_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
-    """Keep the smallest set of most likely tokens whose probability is at least p, equals together (arXiv:1904.09751, eq. 3)."""
+    """Keep the smallest set of likeliest tokens whose mass is at least p, equals together (arXiv:1904.09751, eq. 3)."""
     prob_BV = jax.nn.softmax(logits_BV)
     return jnp.where(_most(prob_BV, prob_BV, p_B) | (p_B >= 1)[:, None], logits_BV, -jnp.inf)
 
@@ -70,9 +70,9 @@ def min_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
 
 
 def _most(x_BV: jax.Array, mass_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """Where x is at or above the highest level that leaves a mass of at least `target`: booleans [B, V], one true at least.
+    """Where x is at or above the highest level that leaves a mass of `target` or more: booleans [B, V], never all false.
 
-    The level is found bit by bit, in 32 sums over V: on a CPU a tenth of the time of sorting 50,257 logits.
+    The level is found bit by bit, in 32 sums over V: on a CPU, 3 to 20 times as fast as sorting 50,257 logits.
     """
     bits_BV = jax.lax.bitcast_convert_type(x_BV.astype(jnp.float32), jnp.int32)
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # integers in the order of the floats
@@ -88,8 +88,10 @@ def _most(x_BV: jax.Array, mass_BV: jax.Array, target_B: jax.Array) -> jax.Array
 
 
 @shaped
-def penalise_repeats(logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array, penalty_B: jax.Array) -> jax.Array:
-    """Divide the logit of every token of the row by the penalty where it is positive, else multiply (arXiv:1909.05858, 4.1)."""
+def penalise_repeats(
+    logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array, penalty_B: jax.Array
+) -> jax.Array:
+    """Divide the logits of a row's tokens by the penalty where positive, else multiply (arXiv:1909.05858, 4.1)."""
     B, V = logits_BV.shape
     at_BS = jnp.where(jnp.arange(tokens_BS.shape[1])[None] < lengths_B[:, None], tokens_BS, V)  # V is dropped
     old_BS = jnp.take_along_axis(logits_BV, tokens_BS, axis=1)
@@ -104,7 +106,7 @@ def ban_ngrams(logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array,
     slot_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
     ends_BS = (slot_BS >= size_B[:, None] - 1) & (slot_BS < lengths_B[:, None]) & (size_B[:, None] > 0)
 
-    def compare(back, ends_BS):  # does what stands `back + 1` before a slot equal what stands `back + 1` before the new token?
+    def compare(back, ends_BS):  # is the token `back + 1` before a slot the one `back + 1` before the new token?
         last_B = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B - 1 - back, 0)[:, None], axis=1)
         return ends_BS & ((jnp.roll(tokens_BS, back + 1, axis=1) == last_B) | (back >= size_B[:, None] - 1))
 
@@ -114,8 +116,9 @@ def ban_ngrams(logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array,
 
 @shaped
 def constrain(
-    logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array, new_B: jax.Array, stop_V: jax.Array, how: Sampling
-) -> jax.Array:
+    logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array, new_B: jax.Array, stop_V: jax.Array,
+    how: Sampling,
+) -> jax.Array:  # fmt: skip
     """Apply what looks at the row so far: repetition penalty, banned n-grams, no stop token within the first new tokens."""
     penalty_B, size_B, least_B = how.repetition_penalty, how.no_repeat_ngram_size, how.min_new_tokens
     seen = (tokens_BS, lengths_B)
@@ -126,7 +129,7 @@ def constrain(
 
 @shaped
 def choose(logits_BV: jax.Array, key_B: jax.Array, how: Sampling) -> jax.Array:
-    """One token a row [B]: the likeliest at temperature 0, else drawn after temperature, top-k, top-p and min-p, in this order.
+    """One token a row [B]: the likeliest at temperature 0, else drawn after temperature, top-k, top-p, min-p, in this order.
 
     A row's draw depends on its own logits, key and options alone.
     """

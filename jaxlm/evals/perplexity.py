@@ -1,9 +1,10 @@
-"""How well a model predicts text: loss (nats per token), perplexity and bits per UTF-8 byte, over documents of any length.
+"""How well a model predicts text: loss, perplexity and bits per UTF-8 byte, over documents of any length.
 
-    evaluate(nll, [(np.array([2, 71, 12, 9, 3]), 11)], context=1024, stride=512)      [Score(nats=16.1, tokens=4, bytes=11)]
+    evaluate(nll, [([2, 71, 12, 9, 3], 11)], context=1024, stride=512)      [Score(nats=16.1, tokens=4, bytes=11)]
 
-A document is [bos] + text + [eos], as a token store holds it; its first token is given, the others are predicted, each once. One
-longer than the context is read in windows that overlap, so that each token has `context - stride` tokens before it at least:
+A document is [bos] + text + [eos], as a token store holds it; its first token is given, the others are predicted, each
+once. One longer than the context is read in windows that overlap, so that each token has `context - stride` tokens
+before it at least:
 
     context 4, stride 2     tokens   0 1 2 3 4 5 6 7 8
                             reads    0 1 2 3              scores 1 2 3 4
@@ -54,8 +55,7 @@ class Score:
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first) for a document of `length` tokens: of tokens start .. stop-1 the last is only predicted, and scored
-    are first .. stop-1."""
+    """(start, stop, first) for a document of `length` tokens: of start .. stop-1, those from `first` on are scored."""
     start, first = 0, 1
     while first < length:
         stop = min(start + context + 1, length)
@@ -64,12 +64,18 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def evaluate(
-    nll: NLL, documents: Iterable[tuple[Sequence[int] | np.ndarray, int]], *, context: int, stride: int | None = None, batch: int = 8
+    nll: NLL,
+    documents: Iterable[tuple[Sequence[int] | np.ndarray, int]],
+    *,
+    context: int,
+    stride: int | None = None,
+    batch: int = 8,
 ) -> list[Score]:
     """A score for each document, given as (token ids, UTF-8 bytes of its text).
 
-    `nll(rows[B, T + 1])` gives the negative log-likelihood in nats [B, T] of tokens 1.. of each row. It sees B = `batch` and T
-    from the buckets up to `context`. Without a stride, windows overlap by half. Raises `Mistake` for a stride outside 1 to `context`.
+    `nll(rows[B, T + 1])` gives the negative log-likelihood in nats [B, T] of tokens 1.. of each row. It sees B = batch
+    and few different T up to `context`. Without a stride, windows overlap by half. Raises `Mistake` for a stride outside
+    1 to `context`.
     """
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:

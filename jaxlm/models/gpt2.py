@@ -10,6 +10,7 @@ import functools
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import axes
 from jaxlm.axes import shaped
@@ -101,7 +102,7 @@ class Model(nnx.Module):
         def step(block, carry, extra):
             return block(carry[0], mask, carry[1], *extra)
 
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (jnp.arange(c.layers), keys[1]), remat=c.remat)
+        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (np.arange(c.layers), keys[1]), remat=c.remat)
         return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1])
 
     @shaped

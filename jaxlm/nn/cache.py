@@ -4,8 +4,8 @@ Row b holds its tokens in slots 0 .. lengths[b]-1, whatever the other rows do; t
 What lies beyond is stale and out of sight of a causal mask, so prompts are padded on the right and nothing marks the
 padding.
 
-    k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that stand in
-              a row: a layer is then read where it lies, while a scan copies it out
+    k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that
+              stand in a row: a layer is then read where it lies, while a scan copies it out
 """
 
 import dataclasses

@@ -90,7 +90,9 @@ def test_seeds_copies_and_places_draw_apart_and_again_the_same(engine):
 
 
 @pytest.mark.parametrize("devices", [0, 1, 2], ids=["anywhere", "a mesh of one", "a mesh of two"])
-def test_nothing_is_compiled_again_for_a_length_within_the_bucket_or_for_an_option_or_a_token(engine, compilations, devices):
+def test_nothing_is_compiled_again_for_a_length_within_the_bucket_or_for_an_option_or_a_token(
+    engine, compilations, devices
+):
     params = engine.blueprint.init(0, axes.mesh(fsdp=devices, devices=jax.devices()[:devices]) if devices else None)
     engine = Engine(engine.blueprint, params)
     engine.generate([[1] * 9, [2]], GREEDY, max_new_tokens=20, stop=[3], steps=8)

@@ -95,8 +95,9 @@ def test_a_nucleus_holds_one_token_at_least_and_at_one_all(p):
 
 def test_options_differ_between_rows():
     how = Sampling(
-        temperature=jnp.array([0.0, 1.0, 1.0]), top_k=jnp.array([0, 1, 0]), top_p=jnp.ones(3), min_p=jnp.array([0, 0, 0.99]),
-        repetition_penalty=jnp.ones(3), no_repeat_ngram_size=jnp.zeros(3, int), min_new_tokens=jnp.zeros(3, int),
+        temperature=jnp.array([0.0, 1.0, 1.0]), top_k=jnp.array([0, 1, 0]), top_p=jnp.ones(3),
+        min_p=jnp.array([0, 0, 0.99]), repetition_penalty=jnp.ones(3),
+        no_repeat_ngram_size=jnp.zeros(3, int), min_new_tokens=jnp.zeros(3, int),
     )  # fmt: skip
     for seed in range(5):
         keys = jax.random.split(jax.random.key(seed), 3)
