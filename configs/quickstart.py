@@ -26,5 +26,5 @@ def get_config(size: str = "full") -> ConfigDict:
     if size == "tiny":
         c.batch = 2
         c.model.update(layers=1, width=32, heads=2, kv_heads=2, head_width=16, mlp_width=64)
-        c.samples.tokens = 4
+        c.samples = dict(prompts=["The "], tokens=4)
     return c

@@ -143,10 +143,10 @@ def check_rules(rules: Mapping[str, Any], mesh: Mesh) -> None:
 def spec(
     letters: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Any] = RULES, name: str = ""
 ) -> PartitionSpec:
-    """Which mesh axes split which of an array's axes. An axis that does not divide is not split; the log says so once.
-    """
+    """Which mesh axes split which of an array's axes. One that does not divide is not split; the log says so once."""
     stacked = len(shape) - len(letters)  # scanned layers have one more leading axis, which is never split
-    used, out = set(), [None] * stacked
+    used: set[str] = set()
+    out: list[Any] = [None] * stacked
     for letter, size in zip(letters, shape[stacked:]):
         to = rules.get(letter, ())
         to = tuple(a for a in ((to,) if isinstance(to, str) else to) if a not in used and mesh.shape[a] > 1)

@@ -107,9 +107,10 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
     for section in sections:
         if section not in config or config[section] is None:
             config[section] = ConfigDict()
-        if not isinstance(config[section], ConfigDict):
-            raise Mistake(f"--{name}: {section} is a value ({config[section]!r}), no section")
-        config = config[section]
+        inner = config[section]
+        if not isinstance(inner, ConfigDict):
+            raise Mistake(f"--{name}: {section} is a value ({inner!r}), no section")
+        config = inner
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -5,8 +5,8 @@
     jaxlm generate --workdir=runs/quickstart --prompts=questions.txt --output=answers.jsonl
 
 One text streams to the terminal. A file of prompts holds one a line, or as .jsonl objects {"prompt": ...}; out come
-JSON lines in the same order, with "texts" added. Temperature 0 is greedy; --stop may be repeated. Without a prompt the model
-begins a document of its own.
+JSON lines in the same order, with "texts" added. Temperature 0 is greedy; --stop may be repeated. Without a prompt the
+model begins a document of its own.
 """
 
 from collections.abc import Iterator

@@ -7,7 +7,7 @@
 Its parts are lm.model, lm.params, lm.tokenizer and lm.config. A score has loss, perplexity and bits_per_byte.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import functools
 import inspect
 from typing import Any, TypeVar

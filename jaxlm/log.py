@@ -101,8 +101,7 @@ class Log:
         self._last_time, self._tokens = time.monotonic(), 0
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a step, with tokens/s since the last such line, MFU and memory where the device tells.
-        """
+        """Write the metrics of a step, tokens/s since the last such line, MFU and memory where the device tells."""
         now = time.monotonic()
         self.tokens_per_s = self._tokens / max(now - self._last_time, 1e-9)
         self._last_time, self._tokens = now, 0

@@ -28,8 +28,7 @@ def miss(where: str, name: object, choices: Iterable[str]) -> Mistake:
 
 
 def names(package: str) -> list[str]:
-    """The modules in a package's folder: its registry. `python_docs` is written `python-docs` by users; both are found.
-    """
+    """The modules in a package's folder: its registry. Users write `python-docs` for `python_docs`."""
     return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name[0] != "_")
 
 

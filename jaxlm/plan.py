@@ -66,6 +66,8 @@ def main(argv: list[str]) -> None:
     begun = time.perf_counter()
     parts, program = compile_step(config, where, vocab=vocab, slices=args.slices)
     memory, took = program.memory_analysis(), time.perf_counter() - begun
+    if memory is None:
+        raise Mistake(f"{where[0].device_kind}: this compiler tells nothing about memory")
     table = Table(title=f"{parts.blueprint.name} on {len(where)} x {where[0].device_kind}", show_header=False)
     flops = parts.blueprint.flops_per_token(config["length"])
     for label, text in {

@@ -78,7 +78,9 @@ def _cores() -> int:
 
 def _checked_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", name) or name == "tokenizer":
-        raise Mistake(f"config.prepare.sources: {name!r} cannot be a source's name: it names a folder beside tokenizer/")
+        raise Mistake(
+            f"config.prepare.sources: {name!r} cannot be a source's name: it names a folder beside tokenizer/"
+        )
     return name
 
 

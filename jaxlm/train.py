@@ -236,7 +236,7 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
     if in_row >= patience:
         raise Mistake(
             f"step {step}: {in_row} steps in a row were skipped, their loss or gradient not finite or exploding. "
-            "What was saved before is intact; try a lower config.optimizer.lr, a longer warmup, or config.optimizer.clip"
+            "What was saved before is intact; try a lower config.optimizer.lr, a longer warmup, or clip"
         )
 
 

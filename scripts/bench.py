@@ -5,7 +5,7 @@
     random weights scripts/bench.py loss   --json                                          peak temporary memory,
     chunked against full logits
 
-    --peer="PYTHON peer_torch.py"    runs the peer's `speed` or `decode` with the same shape, before and after, and prints the ratio
+    --peer="PYTHON peer_torch.py"    runs the peer with the same shape, before and after, and prints the ratio
 
 Every measurement runs in a process of its own: the first step counts import and compilation, and peak memory is the
 process's. The keys are the peer's: dtype, params, first_step_s, step_ms, tokens_per_s, gflops; times are medians over
@@ -65,9 +65,33 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def loss(a: argparse.Namespace, chunk: int) -> dict[str, Any]:
-    """What the compiler sets aside for the loss and its gradients at GPT-2's vocabulary, 8 x 1,024 tokens, width 768.
+def decode(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Greedy continuation of `batch` prompts by `new` tokens, prefill included, random weights: the median of its
+    times.
     """
+    import numpy as np
+
+    from jaxlm.decode.engine import Engine
+    from jaxlm.decode.sampling import Sampling
+    from jaxlm.models import Blueprint
+
+    model = dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context)
+    blueprint = Blueprint.of(model, vocab=a.vocab, dtype=dtype)
+    engine = Engine(blueprint, blueprint.init(0))
+    prompts = np.random.default_rng(0).integers(0, a.vocab, (a.batch, a.prompt)).tolist()
+    times = []
+    for _ in range(1 + max(3, a.repeats // 5)):
+        start = time.perf_counter()
+        rows = engine.generate(prompts, Sampling(temperature=0.0), max_new_tokens=a.new, steps=a.new)
+        times.append(time.perf_counter() - start)
+        assert [len(row) for row in rows] == [a.new] * a.batch
+    median = statistics.median(times[1:])
+    rate = round(a.batch * a.new / median, 1)
+    return dict(dtype=dtype, batch=a.batch, new_tokens_per_s=rate, first_call_s=round(times[0], 2))
+
+
+def loss(a: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """What the compiler sets aside for the loss and gradients at GPT-2's vocabulary, 8 x 1,024 tokens, width 768."""
     import jax
 
     from jaxlm.nn.loss import cross_entropy
@@ -77,9 +101,11 @@ def loss(a: argparse.Namespace, chunk: int) -> dict[str, Any]:
         jax.ShapeDtypeStruct(s, t)
         for s, t in (((B, T, D), "float32"), ((V, D), "float32"), ((B, T), "int32"), ((B, T), "float32"))
     ]
-    gradient = jax.jit(jax.value_and_grad(lambda *xs: cross_entropy(*xs, chunk=chunk or None).loss, argnums=(0, 1)))
+    chunk = None if variant == "auto" else int(variant)
+    gradient = jax.jit(jax.value_and_grad(lambda *xs: cross_entropy(*xs, chunk=chunk).loss, argnums=(0, 1)))
     memory = gradient.lower(*shapes).compile().memory_analysis()
-    return dict(tokens=B * T, vocab=V, chunk=chunk or "auto", temporary_mb=round(memory.temp_size_in_bytes / 2**20))
+    assert memory is not None
+    return dict(tokens=B * T, vocab=V, chunk=variant, temporary_mb=round(memory.temp_size_in_bytes / 2**20))
 
 
 def measure(a: argparse.Namespace, what: str, variant: str) -> dict[str, Any]:
@@ -118,18 +144,10 @@ def main() -> None:
         if getattr(a, name) is None:
             setattr(a, name, value)
     if a.variant:
-        print(
-            json.dumps(
-                train(a, a.variant)
-                if a.what == "train"
-                else decode(a, a.variant)
-                if a.what == "decode"
-                else loss(a, int(a.variant))
-            )
-        )
+        print(json.dumps(dict(train=train, decode=decode, loss=loss)[a.what](a, a.variant)))
         return
     before = peer(a) if a.peer else []
-    ours = [measure(a, a.what, variant) for variant in (["1024", "0"] if a.what == "loss" else a.dtype.split(","))]
+    ours = [measure(a, a.what, variant) for variant in (["1024", "auto"] if a.what == "loss" else a.dtype.split(","))]
     after = peer(a) if a.peer else []
     for line in (*before, *ours, *after):
         print(json.dumps(line), flush=True)

@@ -47,7 +47,9 @@ def test_an_axis_that_does_not_divide_is_not_split_and_the_log_says_so_once(mesh
     assert caplog.text.count("odd_NH: axis N of size 5 does not divide over tensor=2") == 1
 
 
-@pytest.mark.parametrize("sizes", [dict(data=3), dict(data=16), dict(data=-1, fsdp=3), dict(data=0), dict(data=-1, fsdp=-1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(data=3), dict(data=16), dict(data=-1, fsdp=3), dict(data=0), dict(data=-1, fsdp=-1)], ids=str
+)
 def test_a_mesh_that_does_not_fit_names_sizes_and_devices(sizes):
     if sizes == dict(data=3):
         assert axes.mesh(**sizes).size == 3, "fewer devices than there are: the rest is idle"

@@ -16,7 +16,10 @@ from jaxlm.lookup import Mistake
 def state(value: float = 0.0):
     """A state with an array that tells steps apart."""
     noise = jax.random.normal(jax.random.key(0), (64, 8))
-    return {"params": {"up_DF": noise + value, "scale_D": jnp.ones(8)}, "opt": {"mu": noise * 2, "count": jnp.int32(value)}}
+    return {
+        "params": {"up_DF": noise + value, "scale_D": jnp.ones(8)},
+        "opt": {"mu": noise * 2, "count": jnp.int32(value)},
+    }
 
 
 SHAPES = jax.eval_shape(state)

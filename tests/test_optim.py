@@ -27,7 +27,9 @@ def test_decay_is_decoupled_and_spares_vectors_norms_and_biases(name):
     for path, x in jax.tree_util.tree_leaves_with_path(updates):
         want = -0.05 if axes.is_matrix(path) else 0.0
         np.testing.assert_allclose(x, want, atol=1e-7, err_msg=jax.tree_util.keystr(path))
-    assert axes.is_matrix((jax.tree_util.DictKey("embed_VD"),)) and not axes.is_matrix((jax.tree_util.DictKey("bias_q_NH"),))
+    assert axes.is_matrix((jax.tree_util.DictKey("embed_VD"),)) and not axes.is_matrix(
+        (jax.tree_util.DictKey("bias_q_NH"),)
+    )
 
 
 def test_adamw_is_optax_adamw():
@@ -41,7 +43,9 @@ def test_adamw_is_optax_adamw():
 
 def test_muon_turns_each_layers_matrices_and_leaves_embeddings_to_adam():
     dimensions = optim.muon_dimensions(PARAMS)
-    assert dimensions["embed_VD"] is None and dimensions["positions_TD"] is None and dimensions["norm"]["scale_D"] is None
+    assert (
+        dimensions["embed_VD"] is None and dimensions["positions_TD"] is None and dimensions["norm"]["scale_D"] is None
+    )
     attn = dimensions["blocks"]["attn"]
     assert attn["wq_DNH"] == optax.contrib.MuonDimensionNumbers((1,), (2, 3)), "the layer axis is none of the matrix's"
     assert attn["wo_NHD"] == optax.contrib.MuonDimensionNumbers((1, 2), (3,))

@@ -44,7 +44,7 @@ def run(blueprint, batches, tx=None, loss=clm.loss, **options):
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_accumulation_divides_by_the_real_tokens_of_the_whole_batch(blueprint, batch, parts):
-    """Not by each part's own, which would weigh a token by how many neighbours it has; one part here has none at all."""
+    """Not by each part's own, which would weigh a token by how many neighbours it has; one part here has none."""
     (_, whole), (want,) = run(blueprint, [batch])
     (_, summed), (got,) = run(blueprint, [batch], accumulate=parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), summed["params"], whole["params"])

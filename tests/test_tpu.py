@@ -1,5 +1,4 @@
-"""It is a TPU code base: the real train step compiles for TPU topologies that are not here, by libtpu's own compiler.
-"""
+"""It is a TPU code base: the real train step compiles for topologies that are not here, by libtpu's compiler."""
 
 import re
 

@@ -87,11 +87,8 @@ def test_it_resumes_on_two_processes_with_the_same_losses(store, whole, tmp_path
 
 def test_sigterm_saves_says_so_and_exits_with_zero(store, whole, tmp_path):
     process = run(tmp_path, store, background=True)
-    while (
-        '"step": 3' not in (log := tmp_path / "metrics.jsonl").read_text()
-        if (log := tmp_path / "metrics.jsonl").exists()
-        else True
-    ):
+    metrics = tmp_path / "metrics.jsonl"
+    while not metrics.exists() or '"step": 3' not in metrics.read_text():
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGTERM)

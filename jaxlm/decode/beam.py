@@ -3,8 +3,8 @@
     search = BeamSearch(engine)
     search([[5, 6, 7]], beams=2, max_new_tokens=4, stop=[2])       [[Found([9, 4], -0.8), Found([9, 1, 1, 3], -0.9)]]
 
-A finished row's score is the sum of its log-probabilities (nats) / length ** length_penalty, where the length counts the
-new tokens and the stop token: above 0 favours long rows, since sums are negative. Rows end and are ranked as in
+A finished row's score is the sum of its log-probabilities (nats) / length ** length_penalty, where the length counts
+the new tokens and the stop token: above 0 favours long rows, since sums are negative. Rows end and are ranked as in
 transformers.
 """
 

@@ -74,8 +74,8 @@ def evaluate(
     """A score for each document, given as (token ids, UTF-8 bytes of its text).
 
     `nll(rows[B, T + 1])` gives the negative log-likelihood in nats [B, T] of tokens 1.. of each row. It sees B = batch
-    and few different T up to `context`. Without a stride, windows overlap by half. Raises `Mistake` for a stride outside
-    1 to `context`.
+    and few different T up to `context`. Without a stride, windows overlap by half. Raises `Mistake` for a stride
+    outside 1 to `context`.
     """
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:

@@ -81,8 +81,7 @@ class Model(nnx.Module):
 
     @shaped
     def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
-        """Final hidden states [B, T, D] and the cache, if one was given, with T more tokens; `key` switches dropout on.
-        """
+        """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; `key` switches dropout on."""
         c = self.config
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)

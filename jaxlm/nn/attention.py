@@ -121,7 +121,7 @@ class Attention(nnx.Module):
             axes.constrain(k_BKTH, "BKTH"),
             axes.constrain(v_BKTH, "BKTH"),
         )
-        if cache is not None:
+        if cache is not None and layer is not None:
             cache = cache.write(layer, k_BKTH, v_BKTH)
             k_BKSH, v_BKSH = cache.read(layer)
             mask = dataclasses.replace(mask, offset_B=cache.lengths_B)

@@ -4,7 +4,6 @@ The gradient is computed along with the loss, chunk by chunk, while a chunk's lo
 gradients of x [B, T, D] and of the head [V, D].
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -40,8 +39,9 @@ def cross_entropy(
     if chunk is None:
         chunk = max(1, LOGITS_AT_ONCE // (B * V))
     chunk = -(-T // -(-T // min(chunk, T)))  # as few chunks, as even as possible
-    totals = _summed(x_BTD, head_VD, labels_BT, weights_BT.astype(jnp.float32), label_smoothing, z_loss, chunk)
-    return Sums(*totals, weights_BT.astype(jnp.float32).sum())
+    weights = weights_BT.astype(jnp.float32)
+    loss, nll, correct = _summed(x_BTD, head_VD, labels_BT, weights, label_smoothing, z_loss, chunk)
+    return Sums(loss, nll, correct, weights.sum())
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:
@@ -66,18 +66,17 @@ def _chunk_sums(x, head, labels, weights, smoothing, z_loss):
     return ((loss * weights).sum(), (nll * weights).sum(), correct.sum()), (logits, norm)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _summed(x, head, labels, weights, smoothing, z_loss, chunk):
+def _plain(x, head, labels, weights, smoothing, z_loss, chunk):
     head = head.astype(x.dtype)
 
     def add(sums, xs):
-        return jax.tree.map(jnp.add, sums, _chunk_sums(xs[0], head, *xs[1:], smoothing, z_loss)[0]), None
+        return jax.tree.map(jnp.add, sums, _chunk_sums(xs[0], head, xs[1], xs[2], smoothing, z_loss)[0]), None
 
     xs = tuple(_split(a, chunk) for a in (x, labels, weights))
     return jax.lax.scan(add, (jnp.zeros(()),) * 3, xs)[0]
 
 
-def _summed_forward(x, head, labels, weights, smoothing, z_loss, chunk):
+def _forward(x, head, labels, weights, smoothing, z_loss, chunk):
     cast, V = head.astype(x.dtype), head.shape[0]
 
     def add(carry, xs):
@@ -97,9 +96,10 @@ def _summed_forward(x, head, labels, weights, smoothing, z_loss, chunk):
     return sums, (d_x, d_head.astype(head.dtype))
 
 
-def _summed_backward(smoothing, z_loss, chunk, kept, g):
+def _backward(smoothing, z_loss, chunk, kept, g):
     d_x, d_head = kept  # gradients of the loss sum; nll and the count of correct tokens are reports, not differentiated
     return (d_x * g[0]).astype(d_x.dtype), d_head * g[0].astype(d_head.dtype), None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_summed = jax.custom_vjp(_plain, nondiff_argnums=(4, 5, 6))
+_summed.defvjp(_forward, _backward)

@@ -52,7 +52,7 @@ def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) 
         rows = axes.spec("BT", segments.shape, mesh, rules)
         local = jax.shard_map(local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
         q, k, v = (jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*heads))) for x in (q, k, v))
-    return local(q, k, v, segments)[:, :, :T].astype(v_BKSH.dtype)
+    return jnp.asarray(local(q, k, v, segments))[:, :, :T].astype(v_BKSH.dtype)
 
 
 def _kernel(heads: int, length: int, causal: bool, window: int | None, interpret: bool):

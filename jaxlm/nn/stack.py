@@ -61,5 +61,5 @@ def _is_tuple(x: Any) -> bool:
 
 
 def _apart(x: jax.Array | tuple) -> tuple[jax.Array, ...]:
-    """The layers of a stack; the gradient of this is one concatenation, where that of L slices would be L padded sums."""
+    """The layers of a stack; its gradient is one concatenation, where that of L slices would be L padded sums."""
     return x if isinstance(x, tuple) else tuple(part[0] for part in jax.lax.split(x, [1] * len(x)))

@@ -42,7 +42,9 @@ def progress(workdir: Path) -> int:
 
 
 def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(store, whole, tmp_path):
-    """Each kill falls a random while after the run has begun to train or to save; the save after every step is included."""
+    """Each kill falls a random while after the run has begun to train or to save; the save after every step is
+    included.
+    """
     rng, kills, finished = random.Random(0), 0, 0
     while kills < KILLS:
         process = run(tmp_path, store, "--config.every.save=1", background=True)
@@ -54,7 +56,9 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(store, whole, 
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.communicate()
-        if process.returncode == 0:  # it came to the end before it was killed: start again, and kill it earlier in its life
+        if (
+            process.returncode == 0
+        ):  # it came to the end before it was killed: start again, and kill it earlier in its life
             finished += 1
             compare(whole, tmp_path)
             shutil.rmtree(tmp_path)
