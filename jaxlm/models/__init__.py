@@ -36,7 +36,7 @@ class Blueprint:
         """
         section = dict(section)
         module = lookup.module("jaxlm.models", section.pop("name", "?"))
-        if not hasattr(module, "Model"):
+        if not hasattr(module, "Config"):
             raise lookup.Mistake(f"config.model.name: {module.__name__} is no family that can be trained by steps")
         config = lookup.spend("config.model", module.Config, {"vocab": vocab, "dtype": dtype, **section})
         if config.vocab < vocab:

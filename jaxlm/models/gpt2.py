@@ -87,8 +87,8 @@ class Model(nnx.Module):
 
     @shaped
     def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
-        """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; `key` switches dropout on."""
-        c, T = self.config, tokens_BT.shape[1] if cache is None else cache.k_LBKSH.shape[3]
+        """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
+        c, T = self.config, tokens_BT.shape[1] if cache is None else cache.slots
         if c.context < T:
             raise Mistake(f"gpt2: {T} positions, but only config.model.context={c.context} were learned")
         if positions_BT is None:

@@ -81,7 +81,7 @@ class Model(nnx.Module):
 
     @shaped
     def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
-        """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; `key` switches dropout on."""
+        """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         c = self.config
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
