@@ -8,7 +8,7 @@ command line, also one that the file leaves at its default; whoever spends a sec
 """
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 from pathlib import Path
 import runpy
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.lookup import Mistake, miss
 
-KEYS = (  # of a config's top level; `prepare` and `distributed` are the programs' own, the others `jaxlm.train.train`'s
+KEYS = (  # of a config's top level; `distributed` is the program's own, the others `jaxlm.train.train`'s
     "seed", "store", "prepare", "data", "model", "objective", "optimizer", "steps", "batch", "length", "accumulate",
     "ema", "dtype", "mesh", "rules", "distributed", "guard", "every", "evaluation", "checkpoint", "samples",
 )  # fmt: skip
@@ -124,10 +124,9 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
         raise Mistake(f"--{name}={text}: expected a {type(old).__name__} such as {old!r}") from None
 
 
-def write(config: ConfigDict, workdir: str) -> None:
+def write(settings: Mapping[str, Any], workdir: str) -> None:
     """Leave the resolved config in the workdir, so that the folder explains itself."""
-    text = json.dumps(json.loads(config.to_json_best_effort()), indent=1)
-    (epath.Path(workdir) / "config.json").write_text(text + "\n")
+    (epath.Path(workdir) / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def read(workdir: str) -> ConfigDict:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 from pathlib import Path
+import shlex
 import signal
 import time
 from typing import Any
@@ -52,12 +53,14 @@ def train(
     workdir: str, *, store: str, model: Section, optimizer: Section, steps: int, batch: int, length: int, seed: int = 0,
     objective: Section = None, data: Section = None, accumulate: int = 1, ema: float = 0.0, dtype: str = "auto",
     mesh: Section = None, rules: Section = None, guard: Section = None, every: Section = None,
-    evaluation: Section = None, checkpoint: Section = None, samples: Section = None,
+    evaluation: Section = None, checkpoint: Section = None, samples: Section = None, prepare: Section = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Train to `steps` and return the last evaluation. The arguments are the config's keys; README explains each.
+    """Train to `steps` and return the last evaluation. The arguments are the config's keys; README explains each
+    (`prepare` says how the store was made: it is kept in the workdir's config.json, and not read here).
 
     Raises `Mistake` before the first step for whatever the user can mend, and when too many steps in a row are skipped.
     """
+    settings = {name: value for name, value in locals().items() if name != "workdir"}
     tokens = open_store(store)
     grid = lookup.spend("config.mesh", axes.mesh, mesh)
     rules = {**axes.RULES, **(rules or {})}
@@ -87,10 +90,14 @@ def train(
             }
 
         checkpoints = lookup.spend("config.checkpoint", Checkpoints, checkpoint, workdir)
+        _same_run(workdir, settings, checkpoints.steps())
         restored = checkpoints.restore(shapes)
         start = restored[0] if restored else 0
         log = Log(workdir, start_step=start, steps=steps, flops_per_token=blueprint.flops_per_token(length))
         with checkpoints, log:
+            if log.writes:  # not before all has been checked: a mistake must not overwrite a good run's config
+                configs.write(settings, workdir)
+                tokens.tokenizer().save(Path(workdir) / "tokenizer")
             if restored:
                 state = restored[1]
                 checkpoints.set_aside(start)
@@ -138,6 +145,22 @@ def train(
         if log.writes:
             _summarise(workdir, blueprint, found)
         return found
+
+
+def _same_run(workdir: str, settings: Mapping[str, Any], saved: list[int]) -> None:
+    """Raise `Mistake` where a workdir holds checkpoints of another model or another kind of training state."""
+    if not saved or not (Path(workdir) / "config.json").exists():
+        return
+    before = configs.read(workdir).to_dict()
+    now = json.loads(json.dumps(settings))
+    for name, of in {
+        "model": lambda c: c["model"],
+        "optimizer.name": lambda c: c["optimizer"].get("name", "adamw"),
+        "ema": lambda c: bool(c["ema"]),
+    }.items():
+        if of(before) != of(now):
+            changed = f"config.{name} was {of(before)!r} and is {of(now)!r}"
+            raise Mistake(f"{workdir} holds checkpoints of another run: {changed}. Choose another --workdir")
 
 
 class Stop:
@@ -267,7 +290,7 @@ def main(argv: list[str]) -> None:
     args = configs.parse(__doc__ or "", argv)
     setup()
     settings: ConfigDict = args.config
-    keys = {name: value for name, value in settings.to_dict().items() if name not in ("prepare", "distributed")}
+    keys = {name: value for name, value in settings.to_dict().items() if name != "distributed"}
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         address, count, index = (
             os.environ[f"JAX_{name}"] for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
@@ -278,8 +301,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        configs.write(settings, args.workdir)
-        open_store(settings.store).tokenizer().save(workdir / "tokenizer")
+        (workdir / "command").write_text(shlex.join(["jaxlm", "train", *argv]) + "\n")
     lookup.spend("config", train, keys, args.workdir)
 
 

@@ -161,6 +161,14 @@ def test_a_mistake_in_the_config_is_answered_before_the_first_step(store, tmp_pa
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_workdir_of_another_model_is_refused_and_left_alone(store, whole):
+    before = (whole / "config.json").read_text()
+    other = settings()["model"] | {"width": 64}
+    with pytest.raises(Mistake, match=r"holds checkpoints of another run: config.model was .*'width': 32"):
+        train.train(str(whole), store=store, **settings(model=other))
+    assert (whole / "config.json").read_text() == before
+
+
 def test_an_unfinished_store_is_never_trained_on(store, tmp_path):
     manifest = Path(store) / "prose" / "manifest.json"
     manifest.rename(manifest.with_suffix(".away"))
@@ -181,7 +189,7 @@ def test_every_key_of_a_config_is_one_that_training_takes():
     import inspect
 
     takes = set(inspect.signature(train.train).parameters) - {"workdir"}
-    assert takes == set(config.KEYS) - {"prepare", "distributed"}
+    assert takes == set(config.KEYS) - {"distributed"}
 
 
 def test_the_config_of_these_tests_is_a_file_like_any_other(store):

@@ -1,0 +1,28 @@
+"""Every config runs two steps in its `:tiny` form, from text to samples; a new file joins by being there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxlm import config, prepare, train
+from jaxlm.lookup import spend
+from tests.runs import write_corpus
+
+CONFIGS = sorted(Path("configs").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_a_config_prepares_trains_evaluates_and_samples(path, tmp_path):
+    c = config.load(f"{path}:tiny")
+    text = write_corpus(tmp_path)["prose"]
+    keys = c.to_dict() | {"store": str(tmp_path / "store")}
+    section = keys["prepare"] | {"sources": dict.fromkeys(keys["prepare"]["sources"], text), "workers": 1}
+    if section["tokenizer"]["kind"] == "sentencepiece":
+        section["tokenizer"] |= {"vocab": 280}
+    spend("config.prepare", prepare.prepare, section, keys["store"])
+    found = spend("config", train.train, keys | {"mesh": dict(data=1)}, str(tmp_path / "run"))
+    assert 0 < found["bits_per_byte"] < 20
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [s["prompt"] for s in samples] == list(keys["samples"]["prompts"])
+    assert keys["steps"] == 2 and config.load(str(path)).steps > 2
