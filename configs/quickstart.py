@@ -1,4 +1,4 @@
-"""A small Llama on the text that ships with every Python: the first thing to run. Not measured yet.
+"""A small Llama on the text that ships with every Python: the first thing to run (not measured).
 
 bash scripts/quickstart.sh
 """

@@ -1,4 +1,4 @@
-"""A Llama of 5 M parameters on the text that ships with every Python, to beat the 5-gram. Not measured yet.
+"""A Llama of 5 M parameters on the text that ships with every Python, to beat the 5-gram (not measured).
 
 jaxlm prepare --config=configs/pretrain/python_docs.py
 jaxlm train --config=configs/pretrain/python_docs.py --workdir=runs/python_docs

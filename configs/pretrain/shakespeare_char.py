@@ -1,4 +1,4 @@
-"""nanoGPT's character model of tinyshakespeare: GPT-2 of 0.8 M parameters. Not measured yet.
+"""nanoGPT's character model of tinyshakespeare: GPT-2 of 0.8 M parameters (not measured).
 
     jaxlm prepare --config=configs/pretrain/shakespeare_char.py --config.prepare.sources.plays=text:PATH/input.txt
     jaxlm train --config=configs/pretrain/shakespeare_char.py --workdir=runs/shakespeare_char

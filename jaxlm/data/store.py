@@ -118,6 +118,7 @@ def open(path: str) -> Store:
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """Read a small JSON file, wherever it lies."""
     return json.loads(epath.Path(path).read_text())
 
 
