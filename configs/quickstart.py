@@ -1,6 +1,11 @@
 """A small Llama on the text that ships with every Python: the first thing to run (not measured).
 
-bash scripts/quickstart.sh
+    bash scripts/quickstart.sh                     does it all; or, step by step:
+
+    jaxlm prepare --config=configs/quickstart.py
+    jaxlm train --config=configs/quickstart.py --workdir=runs/quickstart
+
+The result goes here once it is measured on a quiet machine.
 """
 
 from ml_collections import ConfigDict
