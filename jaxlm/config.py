@@ -126,7 +126,7 @@ def _set(config: ConfigDict, name: str, text: str) -> None:
 
 def write(settings: Mapping[str, Any], workdir: str) -> None:
     """Leave the resolved config in the workdir, so that the folder explains itself."""
-    (epath.Path(workdir) / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (epath.Path(workdir) / "config.json").write_text(json.dumps(settings, indent=1, default=dict) + "\n")
 
 
 def read(workdir: str) -> ConfigDict:

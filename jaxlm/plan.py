@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +49,7 @@ def compile_step(
         parts = step.assemble(vocab=vocab, mesh=mesh, rules=rules, **{n: config[n] for n in names if n in config})
         rows, length = config["batch"], config["length"]
         example = parts.task.features(
-            {n: jnp.zeros(length + parts.task.EXTRA, jnp.int32) for n in ("tokens", "segments")}
+            {n: np.zeros(length + parts.task.EXTRA, np.int32) for n in ("tokens", "segments")}
         )
         place = NamedSharding(mesh, axes.spec("B", (rows,), mesh, rules))
         batch = {n: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=place) for n, x in example.items()}

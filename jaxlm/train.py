@@ -152,7 +152,7 @@ def _same_run(workdir: str, settings: Mapping[str, Any], saved: list[int]) -> No
     if not saved or not (Path(workdir) / "config.json").exists():
         return
     before = configs.read(workdir).to_dict()
-    now = json.loads(json.dumps(settings))
+    now = json.loads(json.dumps(settings, default=dict))
     for name, of in {
         "model": lambda c: c["model"],
         "optimizer.name": lambda c: c["optimizer"].get("name", "adamw"),

@@ -47,7 +47,7 @@ def write_corpus(folder: Path) -> dict[str, str]:
         return " ".join(rng.choices(words, k=int(rng.lognormvariate(2.5, 1))))
 
     for name, count in (("prose", 200), ("lists", 60)):
-        lines = [json.dumps({"text": document() + "."}) for _ in range(count)]
+        lines = [json.dumps({"text": f".{document()}."}) for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return {name: f"jsonl:{folder}/{name}.jsonl" for name in ("prose", "lists")}
 
@@ -110,7 +110,7 @@ def run(workdir: Path, store: str, *flags: str, background: bool = False, check:
     )
     if background:
         return process
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == check, output
     return output
 
@@ -123,6 +123,6 @@ def two_processes(workdir: Path, store: str, *flags: str) -> list[str]:
     hosts = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2")
     flags = ("--config.mesh.data=2", *flags)
     both = [run(workdir, store, *flags, background=True, **hosts, JAX_PROCESS_ID=str(i)) for i in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
+    outputs = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
     return outputs

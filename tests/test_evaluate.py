@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
@@ -39,7 +38,7 @@ def workdir(tmp_path_factory):
     run = root / "run"
     run.mkdir()
     made.tokenizer().save(run / "tokenizer")
-    configs.write(ConfigDict(dict(model=MODEL, length=16, store=f"{root}/store", dtype="float32")), str(run))
+    configs.write(dict(model=MODEL, length=16, store=f"{root}/store", dtype="float32"), str(run))
     model = Blueprint.of(MODEL, vocab=made.vocab)
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
     with checkpoint.Checkpoints(str(run)) as checkpoints:

@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 
-from ml_collections import ConfigDict
 import pytest
 
 from jaxlm import checkpoint, generate, lm
@@ -22,7 +21,7 @@ def workdir(tmp_path_factory):
     run = tmp_path_factory.mktemp("generate")
     tokenizer = tokenizers.train([], dict(kind="bytes"))
     tokenizer.save(run / "tokenizer")
-    configs.write(ConfigDict(dict(model=MODEL, length=16, dtype="float32")), str(run))
+    configs.write(dict(model=MODEL, length=16, dtype="float32"), str(run))
     model = Blueprint.of(MODEL, vocab=tokenizer.vocab)
     with checkpoint.Checkpoints(str(run)) as checkpoints:
         checkpoints.save(1, dict(params=model.init(0)))

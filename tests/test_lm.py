@@ -5,7 +5,6 @@ import math
 import re
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
@@ -184,7 +183,7 @@ def test_an_empty_prompt_begins_a_document_where_there_is_a_bos(lm):
 
 
 def test_a_workdir_is_loaded_with_all_it_holds(lm, tmp_path):
-    configs.write(ConfigDict(dict(model=dict(lm.config["model"]), length=32, dtype="float32")), str(tmp_path))
+    configs.write(dict(model=dict(lm.config["model"]), length=32, dtype="float32"), str(tmp_path))
     lm.tokenizer.save(tmp_path / "tokenizer")
     with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
         checkpoints.save(3, {"params": lm.params})

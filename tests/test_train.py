@@ -92,7 +92,7 @@ def test_sigterm_saves_says_so_and_exits_with_zero(store, whole, tmp_path):
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "saved at step" in output, output
     assert "going on after step" in run(tmp_path, store)
     for one, two in zip(arrays(whole), arrays(tmp_path), strict=True):

@@ -26,6 +26,7 @@ def inputs(length=T, keys=None):
 def by_hand(q, k, v, mask):
     """One query at a time, in numpy, from the words of the mask's docstring."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    segments = None if mask.segments_BT is None else np.asarray(mask.segments_BT)
     out = np.zeros(q.shape)
     for b, n, t in np.ndindex(q.shape[:3]):
         slot = t + (0 if mask.offset_B is None else int(mask.offset_B[b]))
@@ -33,7 +34,7 @@ def by_hand(q, k, v, mask):
             s for s in range(k.shape[2])
             if (not mask.causal or s <= slot)
             and (mask.window is None or abs(slot - s) < mask.window)
-            and (mask.segments_BT is None or mask.segments_BT[b, t] == mask.segments_BT[b, s])
+            and (segments is None or segments[b, t] == segments[b, s])
         ]  # fmt: skip
         score = q[b, n, t] @ k[b, n // (N // K), see].T / np.sqrt(H)
         weight = np.exp(score - score.max())
