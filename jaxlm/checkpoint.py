@@ -33,7 +33,10 @@ class DiskFull(Mistake):
 
 
 def _sum_bits(x: jax.Array) -> jax.Array:
-    """A uint32 sum over an array's bits, each element weighted by its place: the same however the array is split."""
+    """A uint32 sum over an array's elements, each hashed with its place: the same however the array is split.
+
+    The hash is MurmurHash3's finaliser; a plain sum of bits would not see an even number of flipped signs.
+    """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -42,7 +45,10 @@ def _sum_bits(x: jax.Array) -> jax.Array:
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
         place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def seal(state: Any) -> dict[str, int]:
