@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from pathlib import Path
+import sys
 import time
 from typing import Any
 
@@ -40,8 +41,15 @@ def setup() -> None:
     """Send the package's own log lines to standard error, and keep the libraries' to warnings."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("jaxlm").setLevel(logging.INFO)
-    for noisy in ("absl", "asyncio", "orbax"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for noisy in ("absl", "asyncio", "orbax"):  # they log with tracebacks what they also raise, where we answer it
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(event: Any) -> None:  # reads and writes still under way when Orbax gives up find their loop closed
+        if "Event loop is closed" not in str(event.exc_value):
+            before(event)
+
+    sys.unraisablehook = hook
 
 
 class Log:
