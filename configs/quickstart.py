@@ -24,8 +24,8 @@ def get_config(size: str = "full") -> ConfigDict:
     c.model = dict(name="llama", layers=4, width=192, heads=6, kv_heads=6, head_width=32, mlp_width=512, tied=True)
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
     c.length, c.batch = 128, 8
-    c.steps = {"full": 1_400, "tiny": 2}[size]
-    c.every = dict(log=20, eval=350, save=350)
+    c.steps = {"full": 1_100, "tiny": 2}[size]
+    c.every = dict(log=20, eval=275, save=275)
     c.evaluation = dict(documents=None)
     c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=80)
     if size == "tiny":
