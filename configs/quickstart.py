@@ -29,7 +29,8 @@ def get_config(size: str = "full") -> ConfigDict:
     c.evaluation = dict(documents=None)
     c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=80)
     if size == "tiny":
-        c.batch, c.optimizer.warmup = 2, 1
+        c.batch = 2
+        c.optimizer["warmup"] = 1
         c.model.update(layers=1, width=32, heads=2, kv_heads=2, head_width=16, mlp_width=64)
         c.samples = dict(prompts=["The "], tokens=4)
     return c

@@ -28,7 +28,8 @@ def get_config(size: str = "full") -> ConfigDict:
     c.every = dict(log=50, eval=500, save=500)
     c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=120)
     if size == "tiny":
-        c.length, c.batch, c.optimizer.warmup = 32, 2, 1
+        c.length, c.batch = 32, 2
+        c.optimizer["warmup"] = 1
         c.model.update(layers=1, width=32, heads=2, kv_heads=2, head_width=16, mlp_width=64)
         c.samples = dict(prompts=["The "], tokens=4)
     return c

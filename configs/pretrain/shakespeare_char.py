@@ -31,6 +31,6 @@ def get_config(size: str = "full") -> ConfigDict:
     c.every = dict(log=100, eval=500, save=500)
     c.samples = dict(prompts=["ROMEO:\n", "\nKING "], tokens=200)
     if size == "tiny":
-        c.optimizer.warmup = 1
+        c.optimizer["warmup"] = 1
         c.samples = dict(prompts=["a"], tokens=4)
     return c
