@@ -5,7 +5,8 @@
     jaxlm prepare --config=configs/quickstart.py
     jaxlm train --config=configs/quickstart.py --workdir=runs/quickstart
 
-The result goes here once it is measured on a quiet machine.
+With 1,400 steps, 2 CPU cores that other work shared took 678 s to train: validation 1.769 bits per byte (5-gram 1.828,
+2-gram 2.081, xz 2.318). The 900 steps below, meant for ten minutes with installation, are not measured yet.
 """
 
 from ml_collections import ConfigDict
@@ -24,8 +25,8 @@ def get_config(size: str = "full") -> ConfigDict:
     c.model = dict(name="llama", layers=4, width=192, heads=6, kv_heads=6, head_width=32, mlp_width=512, tied=True)
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
     c.length, c.batch = 128, 8
-    c.steps = {"full": 1_100, "tiny": 2}[size]
-    c.every = dict(log=20, eval=275, save=275)
+    c.steps = {"full": 900, "tiny": 2}[size]
+    c.every = dict(log=20, eval=300, save=300)
     c.evaluation = dict(documents=None)
     c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=80)
     if size == "tiny":
