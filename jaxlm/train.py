@@ -82,6 +82,10 @@ def train(
             total = {}
             for name, documents in held_out.items():
                 found = _measure(measure, params, documents, task.features, batch, grid, rules, stop)
+                if (
+                    stop.asked
+                ):  # cut short: a part of the documents is no result, neither to log nor to rank checkpoints by
+                    return {}
                 log.evaluation(step, name, found)
                 total |= {f"{name}/{key}": value for key, value in found.items()}
             means = [key.partition("/")[2] for key in total]
