@@ -9,7 +9,6 @@ is used.
 
 from collections.abc import Mapping, Sequence
 import contextlib
-import errno
 import logging
 import time
 from typing import Any
@@ -26,10 +25,6 @@ from jaxlm import axes
 from jaxlm.lookup import Mistake
 
 log = logging.getLogger("jaxlm")
-
-
-class DiskFull(Mistake):
-    """A save that did not fit; what was saved before is untouched."""
 
 
 def _sum_bits(x: jax.Array) -> jax.Array:
@@ -101,19 +96,17 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Copy the state off the devices and write it in the background. Raises `DiskFull` when it, or the save before
-        it, did not fit.
+        """Copy the state off the devices and write it in the background. Raises what went wrong with it, or with the
+        save before it; what was saved earlier is untouched.
         """
-        with _explain_full_disk():
-            self._manager.check_for_errors()
-            parts = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
-            items = ocp.args.Composite(**parts, seal=ocp.args.JsonSave(seal(state)))
-            self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None, force=True)
+        self._manager.check_for_errors()
+        parts = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
+        items = ocp.args.Composite(**parts, seal=ocp.args.JsonSave(seal(state)))
+        self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None, force=True)
 
     def wait(self) -> None:
-        """Return when everything is on disk. Raises `DiskFull` when it did not fit."""
-        with _explain_full_disk():
-            self._manager.wait_until_finished()
+        """Return when everything is on disk. Raises what kept it from there."""
+        self._manager.wait_until_finished()
 
     def restore(self, shapes: Mapping[str, Any], steps: Sequence[int] | None = None) -> tuple[int, Any] | None:
         """The newest good state, placed as `shapes` (with shardings) says, and its step; None where there is none.
@@ -201,25 +194,6 @@ def restore_params(
         )
         number, state = checkpoints.restore({part: placed}, steps[::-1]) or (0, {})
         return number, state[part]
-
-
-@contextlib.contextmanager
-def _explain_full_disk():
-    try:
-        yield
-    except Exception as e:
-        text = " ".join(str(x) for x in (e, e.__cause__, e.__context__))
-        if (
-            getattr(e, "errno", None) == errno.ENOSPC
-            or "No space left" in text
-            or "RESOURCE_EXHAUSTED" in text
-            or "ENOSPC" in text
-        ):
-            raise DiskFull(
-                "the disk is full: the last checkpoint was not saved; the ones before it are intact. "
-                "Free some space and run the same command again"
-            ) from e
-        raise
 
 
 def _first_line(e: Exception) -> str:

@@ -11,6 +11,7 @@ import logging
 import math
 from pathlib import Path
 import sys
+import threading
 import time
 from typing import Any
 
@@ -18,6 +19,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from jaxlm.config import is_disk_full
 
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s of one device, as the makers publish it; other devices report no MFU
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 2307e12,
@@ -50,6 +53,7 @@ def setup() -> None:
             before(event)
 
     sys.unraisablehook = hook
+    threading.excepthook = lambda event: is_disk_full(event.exc_value) or threading.__excepthook__(event)
 
 
 class Log:
@@ -70,7 +74,9 @@ class Log:
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
         fresh.replace(path)
         self._file = path.open("a", buffering=1)
-        self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=start_step + 1 if start_step else None)
+        self._events = SummaryWriter(  # an endless queue: its thread dies on a full disk, and must not block ours
+            str(Path(workdir) / "events"), purge_step=start_step + 1 if start_step else None, max_queue=0
+        )
         self._console = Console()
         self._bar = Progress(
             TextColumn("{task.description}"),
