@@ -13,7 +13,7 @@ Any key of the config is changed by --config.a.b=value. `jaxlm PROGRAM --help` t
 import importlib
 import sys
 
-from jaxlm import config, lookup
+from jaxlm import lookup, program
 
 PROGRAMS = ("prepare", "train", "evaluate", "generate", "plan", "report")
 
@@ -27,7 +27,8 @@ def main() -> None:
     if name not in PROGRAMS:
         print(lookup.miss("jaxlm", name, PROGRAMS), file=sys.stderr)
         sys.exit(2)
-    config.run(name, importlib.import_module(f"jaxlm.{name}").main, sys.argv[2:])
+    program.ask_for_huge_pages()  # before the imports, which take seconds
+    program.run(name, importlib.import_module(f"jaxlm.{name}").main, sys.argv[2:])
 
 
 if __name__ == "__main__":

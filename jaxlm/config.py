@@ -8,10 +8,8 @@ command line, also one that the file leaves at its default; whoever spends a sec
 """
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
-import errno
+from collections.abc import Mapping, Sequence
 import json
-import os
 from pathlib import Path
 import runpy
 import sys
@@ -139,40 +137,3 @@ def read(workdir: str) -> ConfigDict:
             f"{workdir} is no workdir: it has no config.json (a workdir is what `jaxlm train --workdir` writes)"
         )
     return ConfigDict(json.loads(path.read_text()))
-
-
-def run(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Run a program and exit. A `Mistake` is printed without a traceback and exits with 2; a full disk likewise,
-    whoever met it first: a save in the background, the metrics, the token store.
-    """
-    try:
-        sys.exit(main(list(sys.argv[1:] if argv is None else argv)))
-    except Mistake as e:
-        print(f"jaxlm {name}: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"jaxlm {name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as e:
-        if not is_disk_full(e):
-            raise
-        print(
-            f"jaxlm {name}: the disk is full: the last write was cut short; what was finished before is intact. "
-            "Free some space and run the same command again",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.stdout.flush()
-        os._exit(2)  # not sys.exit: threads of Orbax and TensorBoard that still write would only add tracebacks
-
-
-def is_disk_full(e: BaseException | None) -> bool:
-    """Whether an exception, or one that it came from, says that no space is left (TensorStore says so in words)."""
-    seen: set[int] = set()
-    while e is not None and id(e) not in seen:
-        seen.add(id(e))
-        words = ("No space left", "ENOSPC", "Disk quota exceeded")
-        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(e) for word in words):
-            return True
-        e = e.__cause__ or e.__context__
-    return False

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxlm import config, lm
+from jaxlm import config, lm, program
 from jaxlm.data import sources, store
 from jaxlm.evals import perplexity
 from jaxlm.evals.perplexity import Score
@@ -118,4 +118,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.run("evaluate", main)
+    program.run("evaluate", main)

@@ -17,7 +17,7 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from jaxlm import config, lm
+from jaxlm import config, lm, program
 from jaxlm.lookup import Mistake
 
 OPTIONS = {  # those of `LM.generate`, by the same names and with the same defaults
@@ -83,4 +83,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config.run("generate", main)
+    program.run("generate", main)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from jaxlm.config import is_disk_full
+from jaxlm.program import is_disk_full
 
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s of one device, as the makers publish it; other devices report no MFU
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 2307e12,

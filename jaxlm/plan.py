@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxlm import axes, lookup, step
+from jaxlm import axes, lookup, program, step
 from jaxlm import config as configs
 from jaxlm.data.store import open as open_store
 from jaxlm.lookup import Mistake
@@ -82,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configs.run("plan", main)
+    program.run("plan", main)

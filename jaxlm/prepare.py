@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import rich.console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from jaxlm import config
+from jaxlm import config, program
 from jaxlm.data import sources as source_kinds
 from jaxlm.data import store as token_store
 from jaxlm.data import tokenizers
@@ -217,4 +217,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config.run("prepare", main)
+    program.run("prepare", main)

@@ -22,8 +22,7 @@ from etils import epath
 import jinja2
 import numpy as np
 
-from jaxlm import charts
-from jaxlm import config as configs
+from jaxlm import charts, program
 from jaxlm.charts import Curve
 from jaxlm.lookup import Mistake
 
@@ -309,4 +308,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configs.run("report", main)
+    program.run("report", main)

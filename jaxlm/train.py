@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-from jaxlm import axes, lookup, report
+from jaxlm import axes, lookup, program, report
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
@@ -310,4 +310,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configs.run("train", main)
+    program.run("train", main)

@@ -1,9 +1,9 @@
 """Speed and memory, one JSON object a line, beside a peer measured in the same sitting.
 
     scripts/bench.py train  --json [--layers=6 --heads=6 --width=384 --context=256 --batch=12 --vocab=65]
-    [--dtype=float32,bfloat16] scripts/bench.py decode --json [--batch=1 --prompt=32 --new=128]        GPT-2 124M shape,
-    random weights scripts/bench.py loss   --json                                          peak temporary memory,
-    chunked against full logits
+                                   [--dtype=float32,bfloat16]
+    scripts/bench.py decode --json [--batch=1 --prompt=32 --new=128]    GPT-2 124M shape, random weights
+    scripts/bench.py loss   --json                                      peak temporary memory, chunked against full
 
     --peer="PYTHON peer_torch.py"    runs the peer with the same shape, before and after, and prints the ratio
 
@@ -14,12 +14,15 @@ process's. The keys are the peer's: dtype, params, first_step_s, step_ms, tokens
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from typing import Any
+
+from jaxlm import program
 
 DEFAULTS = dict(layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
@@ -118,12 +121,17 @@ def measure(a: argparse.Namespace, what: str, variant: str) -> dict[str, Any]:
 
 
 def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """The peer's lines for the same shape."""
+    """The peer's lines for the same shape, in the environment of its own users: without our setting of malloc."""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     what = {"train": "speed", "decode": "decode"}[a.what]
     names = DEFAULTS if what == "decode" else [n for n in DEFAULTS if n not in ("prompt", "new")]
     shape = [f"--{name}={getattr(a, name)}" for name in names]
     done = subprocess.run(
-        [*a.peer.split(), what, *shape, *a.peer_flags.split()], stdout=subprocess.PIPE, text=True, check=True
+        [*a.peer.split(), what, *shape, *a.peer_flags.split()],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment,
     )
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -146,6 +154,7 @@ def main() -> None:
     if a.variant:
         print(json.dumps(dict(train=train, decode=decode, loss=loss)[a.what](a, a.variant)))
         return
+    program.ask_for_huge_pages()  # as `jaxlm train` does
     before = peer(a) if a.peer else []
     ours = [measure(a, a.what, variant) for variant in (["1024", "auto"] if a.what == "loss" else a.dtype.split(","))]
     after = peer(a) if a.peer else []

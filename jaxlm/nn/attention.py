@@ -9,6 +9,7 @@ and query heads that share a key/value head lie together, so every product is on
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -25,16 +26,82 @@ HIDDEN = -1e30  # a score that is masked: finite, so that a row with nothing to 
 
 
 def xla(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> jax.Array:
-    """Softmax(q k / sqrt(H)) v with all scores in memory (arXiv:1706.03762, eq. 1)."""
-    B, N, T, H = q_BNTH.shape
-    K, S = k_BKSH.shape[1:3]
-    hide = jnp.where(visible(mask, jnp.arange(T), jnp.arange(S)), 0.0, HIDDEN)
-    q = (q_BNTH * H**-0.5).reshape(B * K, N // K * T, H)
-    k, v = k_BKSH.reshape(B * K, S, H), v_BKSH.reshape(B * K, S, H)
-    score = jnp.einsum("bth,bsh->bts", q, k, preferred_element_type=jnp.float32)
-    score = (score.reshape(B, N, T, S) + hide[:, None]).reshape(B * K, N // K * T, S)
-    prob = jax.nn.softmax(score, axis=-1).astype(v.dtype)
-    return jnp.einsum("bts,bsh->bth", prob, v).reshape(B, N, T, H)
+    """Softmax(q k / sqrt(H)) v with the scores in memory (arXiv:1706.03762, eq. 1), but for blocks that nobody sees."""
+    T, S = q_BNTH.shape[2], k_BKSH.shape[2]
+    spans = _spans(mask, T, S)
+    hides = [
+        jnp.where(visible(mask, jnp.arange(first, last), jnp.arange(low, high)), 0.0, HIDDEN)
+        for first, last, low, high in spans
+    ]
+    return _attend_in_spans(q_BNTH, k_BKSH, v_BKSH, hides, spans)
+
+
+Spans = tuple[tuple[int, int, int, int], ...]
+
+
+def _spans(mask: Mask, T: int, S: int) -> Spans:
+    """Up to four blocks of at least 64 queries, each with the keys that its queries may see at all."""
+    size = -(-T // max(1, min(4, T // 64)))
+    spans = []
+    for first in range(0, T, size):
+        last, low, high = min(first + size, T), 0, S
+        if mask.offset_B is None and mask.causal:
+            high = min(last, S)
+            low = max(0, first - mask.window + 1) if mask.window else 0
+        spans.append((first, last, low, high))
+    return tuple(spans)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_in_spans(q: jax.Array, k: jax.Array, v: jax.Array, hides: list[jax.Array], spans: Spans) -> jax.Array:
+    return _attend_forward(q, k, v, hides, spans)[0]
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, hides: list[jax.Array], spans: Spans):
+    outs, kept = [], []
+    for (first, last, low, high), hide in zip(spans, hides):
+        score = _product("th,sh->ts", _rows(q, k, first, last) * q.shape[-1] ** -0.5, _rows(k, k, low, high))
+        score = (score.reshape(*q.shape[:2], *hide.shape[1:]) + hide[:, None]).reshape(score.shape)
+        power = jnp.exp(score - score.max(-1, keepdims=True))
+        total = power.sum(-1, keepdims=True)
+        power = power.astype(v.dtype)
+        out = _product("ts,sh->th", power, _rows(v, v, low, high)) / total
+        outs.append(out.astype(v.dtype).reshape(*q.shape[:2], last - first, -1))
+        kept.append((power, total))
+    out = jnp.concatenate(outs, axis=2)
+    return out, (q, k, v, out, kept)
+
+
+def _attend_backward(spans: Spans, saved, d_out: jax.Array):
+    """With P = E / total, and o = P v: dP = do v', dS = P (dP - do . o), dq = dS k, dk = dS' q, dv = P' do."""
+    q, k, v, out, kept = saved
+    scale, dqs, dk, dv = q.shape[-1] ** -0.5, [], 0.0, 0.0
+    for (first, last, low, high), (power, total) in zip(spans, kept):
+        d = _rows(d_out, v, first, last) / total
+        inner = (d * _rows(out, v, first, last)).sum(-1, keepdims=True)
+        d = d.astype(v.dtype)
+        d_score = (power * (_product("th,sh->ts", d, _rows(v, v, low, high)) - inner)).astype(v.dtype)
+        dq = _product("ts,sh->th", d_score, _rows(k, k, low, high)) * scale
+        dqs.append(dq.astype(q.dtype).reshape(*q.shape[:2], last - first, -1))
+        place = ((0, 0), (low, k.shape[2] - high), (0, 0))
+        dk += jnp.pad(_product("ts,th->sh", d_score, _rows(q, k, first, last) * scale), place)
+        dv += jnp.pad(_product("ts,th->sh", power, d), place)
+    dq = jnp.concatenate(dqs, axis=2)
+    return dq, jnp.astype(dk, k.dtype).reshape(k.shape), jnp.astype(dv, v.dtype).reshape(v.shape), None
+
+
+_attend_in_spans.defvjp(_attend_forward, _attend_backward)
+
+
+def _rows(x: jax.Array, k: jax.Array, first: int, last: int) -> jax.Array:
+    """Tokens first..last of [B, N, T, H] as one batch: [B K, G x tokens, H], heads that share keys together."""
+    B, K = k.shape[:2]
+    return x[:, :, first:last].reshape(B * K, x.shape[1] // K * (last - first), x.shape[-1])
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    left, right, out = spec.replace(",", "->").split("->")
+    return jnp.einsum(f"b{left},b{right}->b{out}", a, b, preferred_element_type=jnp.float32)
 
 
 def chunked(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, chunk: int = 256) -> jax.Array:

@@ -1,0 +1,69 @@
+"""How a program starts and ends: huge pages before, one clear line instead of a traceback after.
+
+    run("train", main)
+
+Nothing here imports jax, so that `jaxlm` may start again before anything slow was loaded.
+"""
+
+from collections.abc import Callable, Sequence
+import errno
+import os
+from pathlib import Path
+import sys
+
+from jaxlm.lookup import Mistake
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def ask_for_huge_pages() -> None:
+    """Start this process again, once, with malloc asking Linux for huge pages where it hands them out on request.
+
+    XLA on a CPU takes the buffers of each step from malloc and gives them back. In pages of 4 kB their page faults are
+    a fifth to a third of a training step (`experiments/LOG.md`). malloc reads this setting when a process starts.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if "glibc.malloc.hugetlb" in tunables or not setting.exists() or "[madvise]" not in setting.read_text():
+        return
+    os.environ["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}".lstrip(":")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def run(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
+    """Run a program and exit. A `Mistake` is printed without a traceback and exits with 2; a full disk likewise,
+    whoever met it first: a save in the background, the metrics, the token store.
+    """
+    ask_for_huge_pages()
+    try:
+        sys.exit(main(list(sys.argv[1:] if argv is None else argv)))
+    except Mistake as e:
+        print(f"jaxlm {name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"jaxlm {name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        if not is_disk_full(e):
+            raise
+        print(
+            f"jaxlm {name}: the disk is full: the last write was cut short; what was finished before is intact. "
+            "Free some space and run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        os._exit(2)  # not sys.exit: threads of Orbax and TensorBoard that still write would only add tracebacks
+
+
+def is_disk_full(e: BaseException | None) -> bool:
+    """Whether an exception, or one that it came from, says that no space is left (TensorStore says so in words)."""
+    seen: set[int] = set()
+    while e is not None and id(e) not in seen:
+        seen.add(id(e))
+        words = ("No space left", "ENOSPC", "Disk quota exceeded")
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(e) for word in words):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
