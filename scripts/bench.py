@@ -13,6 +13,7 @@ process's. The keys are the peer's: dtype, params, first_step_s, step_ms, tokens
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -46,7 +47,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
             optimizer=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0),
             steps=1000, vocab=a.vocab, mesh=mesh, rules=axes.RULES, dtype=dtype,
         )  # fmt: skip
-        state = step.init(parts.tx, parts.blueprint.init(0), ema=0.0)
+        state = jax.jit(functools.partial(step.init, parts.tx, ema=0.0))(parts.blueprint.init(0))
         ids = np.random.default_rng(0).integers(0, a.vocab, (2, a.batch, a.context), dtype=np.int32)
         batch = dict(tokens=ids[0], labels=ids[1], weights=np.ones(ids[0].shape, np.float32))
         times = []

@@ -48,9 +48,10 @@ class Blueprint:
         """Fresh float32 parameters, the same for every mesh; each device makes only what it holds."""
         make = functools.partial(lookup.module("jaxlm.models", self.name).Model, self.config)
         places = None if mesh is None else axes.shardings(self.shapes, mesh, rules)
-        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)))), out_shardings=places)(
-            jax.random.key(seed)
-        )
+        # A CPU runs this once: at full optimisation compiling it takes longer than all else before the first step.
+        options = {"xla_backend_optimization_level": 1} if axes.platform() == "cpu" else None
+        draw = lambda key: nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key))))  # noqa: E731
+        return jax.jit(draw, out_shardings=places, compiler_options=options)(jax.random.key(seed))
 
     def bind(self, params: Tree) -> Any:
         """The model with these parameters."""
