@@ -293,6 +293,7 @@ def main(argv: list[str]) -> None:
     """Read the command line, prepare the workdir, train."""
     args = configs.parse(__doc__ or "", argv)
     setup()
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a CPU's thread waits where it could compute
     settings: ConfigDict = args.config
     keys = {name: value for name, value in settings.to_dict().items() if name != "distributed"}
     if "JAX_COORDINATOR_ADDRESS" in os.environ:

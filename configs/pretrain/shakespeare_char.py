@@ -28,7 +28,7 @@ def get_config(size: str = "full") -> ConfigDict:
     c.optimizer = dict(
         name="adamw", lr=1e-3, b1=0.9, b2=0.99, schedule="cosine", warmup=100, final=0.1, weight_decay=0.1, clip=1.0
     )
-    c.every = dict(log=100, eval=500, save=500)
+    c.every = dict(log=100, eval=1000, save=1000)
     c.samples = dict(prompts=["ROMEO:\n", "\nKING "], tokens=200)
     if size == "tiny":
         c.optimizer["warmup"] = 1
