@@ -1,12 +1,12 @@
-"""A small Llama on the text that ships with every Python: the first thing to run (not measured).
+"""A small Llama on the text that ships with every Python: the first thing to run.
 
     bash scripts/quickstart.sh                     does it all; or, step by step:
 
     jaxlm prepare --config=configs/quickstart.py
     jaxlm train --config=configs/quickstart.py --workdir=runs/quickstart
 
-With 1,400 steps, 2 CPU cores that other work shared took 678 s to train: validation 1.769 bits per byte (5-gram 1.828,
-2-gram 2.081, xz 2.318). The 900 steps below, meant for ten minutes with installation, are not measured yet.
+2 CPU cores, 4 min 45 s of training, 6 min with installation and baselines: validation 1.766 bits per byte on whole
+held-out documents of Python 3.11.2's text (5-gram 1.778, 2-gram 2.009, xz 2.335).
 """
 
 from ml_collections import ConfigDict

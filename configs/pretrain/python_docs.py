@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config(size: str = "full") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
-    c.steps = {"full": 5_000, "tiny": 2}[size]
+    c.steps = {"full": 1_500, "tiny": 2}[size]
 
     c.store = "data/python_docs"
     c.prepare = dict(
@@ -22,7 +22,7 @@ def get_config(size: str = "full") -> ConfigDict:
     c.length, c.batch = 256, 8
 
     c.model = dict(
-        name="llama", layers=6, width=256, heads=8, kv_heads=8, head_width=32, mlp_width=704, tied=True, dropout=0.2
+        name="llama", layers=6, width=256, heads=8, kv_heads=8, head_width=32, mlp_width=704, tied=True, dropout=0.1
     )
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=100, final=0.0, weight_decay=0.1, clip=1.0)
     c.every = dict(log=50, eval=500, save=500)
