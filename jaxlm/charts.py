@@ -70,7 +70,7 @@ def color(i: int) -> str:
 
 def number(value: float) -> str:
     """A number as a person writes it: 12.3k, 1,500, 0.0003, 5e-5."""
-    if value == round(value) and abs(value) < 1e4:
+    if (value == round(value) or abs(value) >= 1e3) and abs(value) < 1e4:
         return f"{value:,.0f}"
     if abs(value) >= 1e4:
         return EngFormatter(sep="", places=None if value % 1e3 == 0 else 1)(value)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from jaxlm import prepare
+
 STEPS = 12
 
 
@@ -50,6 +52,12 @@ def write_corpus(folder: Path) -> dict[str, str]:
         lines = [json.dumps({"text": f".{document()}."}) for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return {name: f"jsonl:{folder}/{name}.jsonl" for name in ("prose", "lists")}
+
+
+def write_store(folder: Path) -> str:
+    """A store of both files as bytes, held-out documents included; returns its path."""
+    prepare.prepare(str(folder / "store"), write_corpus(folder), dict(kind="bytes"), validation=0.2, workers=1)
+    return str(folder / "store")
 
 
 def losses(workdir: Path) -> list[float]:

@@ -233,7 +233,15 @@ def test_a_constant_is_smoothed_to_itself_up_to_both_ends():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (1500, "1,500"), (12_300, "12.3k"), (2e6, "2M"), (3e-4, "0.0003"), (-0.25, "\N{MINUS SIGN}0.25")],
+    [
+        (0, "0"),
+        (1500, "1,500"),
+        (3403.6, "3,404"),
+        (12_300, "12.3k"),
+        (2e6, "2M"),
+        (3e-4, "0.0003"),
+        (-0.25, "\N{MINUS SIGN}0.25"),
+    ],
 )
 def test_numbers_are_written_for_people(value, text):
     assert charts.number(value) == text

@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm import checkpoint, config, prepare, train
 from jaxlm.lookup import Mistake, spend
-from tests.runs import CONFIG, STEPS, arrays, losses, run, settings, two_processes, write_corpus
+from tests.runs import CONFIG, STEPS, arrays, losses, run, settings, two_processes, write_store
 
 
 def damage_a_byte(folder: Path):
@@ -26,10 +26,7 @@ def damage_a_byte(folder: Path):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Two sources of short and long documents, held-out ones included."""
-    folder = tmp_path_factory.mktemp("corpus")
-    sources = write_corpus(folder)
-    prepare.prepare(str(folder / "store"), sources, dict(kind="bytes"), validation=0.2, workers=1)
-    return str(folder / "store")
+    return write_store(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +94,26 @@ def test_sigterm_saves_says_so_and_exits_with_zero(store, whole, tmp_path):
     assert "going on after step" in run(tmp_path, store)
     for one, two in zip(arrays(whole), arrays(tmp_path), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def test_an_evaluation_that_a_signal_cuts_short_is_neither_logged_nor_ranks_a_checkpoint(store, tmp_path, monkeypatch):
+    real, stops = train._measure, []
+
+    def cut_short(*args):
+        if not stops:  # the signal comes within the first evaluation
+            stops.append(args[-1])
+            args[-1].asked = True
+        return real(*args)
+
+    monkeypatch.setattr(train, "_measure", cut_short)
+    train.train(str(tmp_path), store=store, **settings())
+    assert not [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        assert max(checkpoints.steps()) == 7, "the step after the evaluation sees the signal"
+        assert checkpoints.best() is None
+    train.train(str(tmp_path), store=store, **settings())
+    evaluations = [x for x in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "eval" in x]
+    assert [x["step"] for x in evaluations] == [STEPS] * 2
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_saved_anew(store, whole, tmp_path, caplog):

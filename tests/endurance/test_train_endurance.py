@@ -13,8 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxlm import prepare
-from tests.runs import STEPS, arrays, command, environment, losses, run, write_corpus
+from tests.runs import STEPS, arrays, command, environment, losses, run, write_store
 
 pytestmark = pytest.mark.endurance
 KILLS = 20
@@ -22,10 +21,7 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    sources = write_corpus(folder)
-    prepare.prepare(str(folder / "store"), sources, dict(kind="bytes"), validation=0.2, workers=1)
-    return str(folder / "store")
+    return write_store(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
