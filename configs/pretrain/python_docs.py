@@ -1,7 +1,10 @@
-"""A Llama of 5 M parameters on the text that ships with every Python, to beat the 5-gram (not measured).
+"""A Llama of 5 M parameters on the text that ships with every Python: it beats the 5-gram.
 
-jaxlm prepare --config=configs/pretrain/python_docs.py
-jaxlm train --config=configs/pretrain/python_docs.py --workdir=runs/python_docs
+    jaxlm prepare --config=configs/pretrain/python_docs.py
+    jaxlm train --config=configs/pretrain/python_docs.py --workdir=runs/python_docs
+
+2 CPU cores, 33 min (other work beside it for a part): validation 1.643 bits per byte on whole held-out documents of Python
+3.11.2's text (5-gram 1.778, 2-gram 2.009, xz 2.335).
 """
 
 from ml_collections import ConfigDict

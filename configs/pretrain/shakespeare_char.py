@@ -1,9 +1,12 @@
-"""nanoGPT's character model of tinyshakespeare: GPT-2 of 0.8 M parameters (not measured).
+"""nanoGPT's character model of tinyshakespeare: GPT-2 of 0.8 M parameters.
 
     jaxlm prepare --config=configs/pretrain/shakespeare_char.py --config.prepare.sources.plays=text:PATH/input.txt
     jaxlm train --config=configs/pretrain/shakespeare_char.py --workdir=runs/shakespeare_char
 
 The text is karpathy/char-rnn's data/tinyshakespeare/input.txt; its first 90 % train, the rest validates.
+
+2 CPU cores, 3 min: validation loss 1.904 over the whole validation text (1.889 for the same model in PyTorch, 2 min 6 s;
+nanoGPT publishes 1.88), measured before the train loop stopped dispatching ahead on a CPU.
 """
 
 from ml_collections import ConfigDict
