@@ -3,8 +3,8 @@
     jaxlm prepare --config=configs/pretrain/python_docs.py
     jaxlm train --config=configs/pretrain/python_docs.py --workdir=runs/python_docs
 
-2 CPU cores, 33 min (other work beside it for a part): validation 1.643 bits per byte on whole held-out documents of Python
-3.11.2's text (5-gram 1.778, 2-gram 2.009, xz 2.335).
+2 CPU cores, 33 min (other work beside it for a part): validation 1.643 bits per byte on whole held-out documents
+of Python 3.11.2's text (5-gram 1.778, 2-gram 2.009, xz 2.335).
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,8 @@
 
 The text is karpathy/char-rnn's data/tinyshakespeare/input.txt; its first 90 % train, the rest validates.
 
-2 CPU cores, 3 min: validation loss 1.904 over the whole validation text (1.889 for the same model in PyTorch, 2 min 6 s;
-nanoGPT publishes 1.88), measured before the train loop stopped dispatching ahead on a CPU.
+2 CPU cores, 3 min: validation loss 1.904 over the whole validation text (1.889 for the same model in PyTorch, in
+2 min 6 s; nanoGPT publishes 1.88), measured before the train loop stopped dispatching ahead on a CPU.
 """
 
 from ml_collections import ConfigDict
