@@ -64,8 +64,8 @@ def main(argv: list[str]) -> None:
     vocab = model["vocab"] if "vocab" in model else open_store(config["store"]).vocab
     where = devices(args.topology, args.slices) if args.topology else jax.devices()
     begun = time.perf_counter()
-    parts, program = compile_step(config, where, vocab=vocab, slices=args.slices)
-    memory, took = program.memory_analysis(), time.perf_counter() - begun
+    parts, compiled = compile_step(config, where, vocab=vocab, slices=args.slices)
+    memory, took = compiled.memory_analysis(), time.perf_counter() - begun
     if memory is None:
         raise Mistake(f"{where[0].device_kind}: this compiler tells nothing about memory")
     table = Table(title=f"{parts.blueprint.name} on {len(where)} x {where[0].device_kind}", show_header=False)

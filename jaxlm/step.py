@@ -27,8 +27,8 @@ Section = Mapping[str, Any] | None
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """Which steps are skipped: those with a loss or gradient that is not finite, or a gradient norm of `factor` times
-    its
-    running mean (looked for once `after` steps were good). `patience` skipped steps in a row end the run."""
+    its running mean (looked for once `after` steps were good). `patience` skipped steps in a row end the run.
+    """
 
     factor: float = 10.0
     after: int = 50

@@ -82,9 +82,7 @@ def train(
             total = {}
             for name, documents in held_out.items():
                 found = _measure(measure, params, documents, task.features, batch, grid, rules, stop)
-                if (
-                    stop.asked
-                ):  # cut short: a part of the documents is no result, neither to log nor to rank checkpoints by
+                if stop.asked:  # cut short: a part of the documents is no result, to log or to rank checkpoints by
                     return {}
                 log.evaluation(step, name, found)
                 total |= {f"{name}/{key}": value for key, value in found.items()}
@@ -133,6 +131,7 @@ def train(
                     metrics, waited = {}, 0.0
                 if ((when.eval and step % when.eval == 0) or last) and not stopping:
                     found = evaluate(step)
+                    stopping = stop.asked  # not a step later: the grace period runs
                     log.pause()
                 if (when.save and step % when.save == 0) or last or stopping:
                     checkpoints.save(step, state, found if step % (when.eval or steps) == 0 or last else None)

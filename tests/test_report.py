@@ -123,7 +123,8 @@ def test_a_whole_run_is_told(tmp_path):
     "metrics", [[], lines([1]), [{"step": 1, "eval": "docs", "loss": 2.0}], [{"step": 1}], [{"loss": 1.0}]]
 )
 def test_a_run_that_has_hardly_begun_has_a_report(tmp_path, metrics):
-    Page(written(fill(tmp_path / "run", metrics)))
+    page = Page(written(fill(tmp_path / "run", metrics)))
+    assert ("No step has been logged yet" in page.text) == (not any({"step", "loss"} <= row.keys() for row in metrics))
 
 
 def test_an_empty_folder_has_a_report_and_a_missing_one_is_a_mistake(tmp_path):

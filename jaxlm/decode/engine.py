@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import axes
-from jaxlm.decode import sampling
+from jaxlm.decode import sampling, weights
 from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint, Tree
@@ -56,21 +56,6 @@ def bucket(n: int, least: int = 1, most: int | None = None) -> int:
     return size if most is None else min(size, most)
 
 
-def unstack(params: Tree) -> Tree:
-    """The blocks' parameters as tuples of L arrays, for layers that stand in a row instead of being scanned.
-
-    A scan copies each layer's weights out of the stack before it uses them, which on a CPU triples the time of a token.
-    On one device the new arrays are views of the old ones.
-    """
-
-    def split(x: jax.Array) -> tuple[jax.Array, ...]:
-        if len(x.devices()) > 1:
-            return tuple(x)
-        return tuple(jax.device_put(layer, *x.devices()) for layer in np.asarray(x))
-
-    return {**params, "blocks": jax.tree.map(split, params["blocks"])}
-
-
 def settle(params: Tree) -> Tree:
     """The same arrays bound to their one device; on a mesh of several they are left as they are.
 
@@ -91,7 +76,7 @@ class Engine:
     def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None):
         self.blueprint, self.params, self.vocab = blueprint, settle(params), vocab or blueprint.config.vocab
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
-        self.decoding = unstack(self.params) if self.in_a_row else self.params
+        self.decoding = weights.lay(self.params) if self.in_a_row else self.params
         self.traces = dict(prefill=0, decode=0)
         self.prefill = jax.jit(self._prefill, static_argnames="slots")
         self.decode = jax.jit(self._decode, donate_argnames="state")

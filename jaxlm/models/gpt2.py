@@ -18,7 +18,7 @@ from jaxlm.lookup import Mistake
 from jaxlm.nn import positions
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import dense, dropout, embed, normal
+from jaxlm.nn.linear import dropout, embed, logits, normal
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import MLP
 from jaxlm.nn.norms import LayerNorm
@@ -108,7 +108,7 @@ class Model(nnx.Module):
     def __call__(self, tokens_BT, **where):
         """Logits [B, T, V] in float32, and the cache."""
         x_BTD, cache = self.hidden(tokens_BT, **where)
-        return dense(x_BTD, self.head_VD.T).astype(jnp.float32), cache
+        return logits(x_BTD, self.head_VD), cache
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         c = self.config

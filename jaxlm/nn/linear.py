@@ -4,6 +4,7 @@ dense(x_BTD, w_DNH)            -> BTNH    tokens are flattened to one axis: one 
 dense(y_BTNH, w_NHD, axes=2)   -> BTD
 """
 
+import dataclasses
 import math
 
 from flax import nnx
@@ -28,16 +29,40 @@ def ones(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turned:
+    """A weight as a matrix [outer, inner] whose last axis is the one that a product contracts (`decode.weights`)."""
+
+    matrix: jax.Array
+    outer: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))  # the axes of the product's result
+
+
 def dense(
     x: jax.Array, w: jax.Array | nnx.Param, bias: jax.Array | nnx.Param | None = None, axes: int = 1
 ) -> jax.Array:
     """Contract the last `axes` axes of x with the first ones of w, computed in x's dtype, and add the bias."""
-    w = w[...].astype(x.dtype)
-    lead, inner, outer = x.shape[: x.ndim - axes], w.shape[:axes], w.shape[axes:]
-    y = x.reshape(math.prod(lead), math.prod(inner)) @ w.reshape(math.prod(inner), math.prod(outer))
+    weight = w.get_value() if isinstance(w, nnx.Param) else w
+    lead = x.shape[: x.ndim - axes]
+    x = x.reshape(math.prod(lead), -1)
+    if isinstance(weight, Turned):
+        y, outer = _against_rows(x, weight.matrix), weight.outer
+    else:
+        y, outer = x @ weight.astype(x.dtype).reshape(x.shape[1], -1), weight.shape[axes:]
     if bias is not None:
         y = y + bias[...].astype(x.dtype).reshape(1, -1)
     return y.reshape(*lead, *outer)
+
+
+def logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """How well each token of the vocabulary would follow: [B, T, V] in float32."""
+    B, T, D = x_BTD.shape
+    return _against_rows(x_BTD.reshape(B * T, D), head_VD).astype(jnp.float32).reshape(B, T, -1)
+
+
+def _against_rows(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """[tokens, inner], [outer, inner] -> [tokens, outer]; said so, and not with a transpose, XLA copies nothing."""
+    return jax.lax.dot_general(x, matrix.astype(x.dtype), (((1,), (1,)), ((), ())))
 
 
 def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array) -> jax.Array:

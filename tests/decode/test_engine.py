@@ -4,12 +4,11 @@ import dataclasses
 import importlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm import axes, lookup
-from jaxlm.decode.engine import Engine, bucket, read, unstack
+from jaxlm.decode.engine import Engine, bucket, read
 from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
@@ -150,13 +149,6 @@ def test_a_prompt_that_is_empty_or_fills_the_context_is_a_mistake(engine):
     for prompts, complaint in (([[1], []], "no token"), ([[1] * CONTEXT], "leaves no room")):
         with pytest.raises(Mistake, match=complaint):
             engine.generate(prompts, GREEDY, max_new_tokens=2)
-
-
-def test_layers_in_a_row_share_the_memory_of_the_stack(engine):
-    params = jax.device_put({"blocks": {"w_DF": jnp.ones((3, 16, 16))}}, jax.devices()[0])
-    layers = unstack(params)["blocks"]["w_DF"]
-    start = params["blocks"]["w_DF"].unsafe_buffer_pointer()
-    assert [layer.unsafe_buffer_pointer() - start for layer in layers] == [0, 1024, 2048]
 
 
 def test_buckets_waste_a_third_at_most():

@@ -1,0 +1,47 @@
+"""How a CPU holds a model's weights while it reads few tokens at a time: the time of a token is that of reading them.
+
+    laid = lay(params)      blocks["mlp"]["up_DF"]: [L, D, F] -> L matrices [F, D]
+
+A scan copies each layer's weight out of the stack before it uses it, which triples the time of a token. And a product
+with one row reads a matrix a third faster along what it contracts: a token of GPT-2 124M, a sixth.
+"""
+
+import math
+
+import jax
+import numpy as np
+
+from jaxlm import axes
+from jaxlm.models import Tree
+from jaxlm.nn.linear import Turned
+
+
+def lay(params: Tree) -> Tree:
+    """The blocks' parameters as tuples of L arrays, their weights turned, for layers that stand in a row.
+
+    On one device the weights are copies and all else views; arrays on several devices are split by layer alone.
+    """
+
+    def split(path: tuple, x: jax.Array) -> tuple:
+        inner = _contracted(axes.name_of(path))
+        if len(x.devices()) > 1:
+            return tuple(x)
+        (device,) = x.devices()
+        if not inner:
+            return tuple(jax.device_put(layer, device) for layer in np.asarray(x))
+        outer = x.shape[1 + inner :]
+        matrices = (layer.reshape(-1, math.prod(outer)).T for layer in np.asarray(x))
+        return tuple(Turned(jax.device_put(np.ascontiguousarray(matrix), device), outer) for matrix in matrices)
+
+    return {**params, "blocks": jax.tree_util.tree_map_with_path(split, params["blocks"])}
+
+
+def _contracted(name: str) -> int:
+    """How many of its first axes a layer's weight contracts: D, or all before it; 0 for what is no weight.
+
+    wq_DNH -> 1    wo_NHD -> 2    bias_F, scale_D -> 0
+    """
+    letters = axes.of(name) or ""
+    if len(letters) < 2 or "D" not in letters[0] + letters[-1]:
+        return 0
+    return 1 if letters[0] == "D" else len(letters) - 1
