@@ -3,6 +3,7 @@
     lm.generate("def main(", temperature=0.8, top_p=0.95)     ["argv):\\n    ..."]
     lm.score(["hello"])                                       [Score(nats=9.1, tokens=3, bytes=5)]
     lm.logits(lm.tokenizer.encode("hello"))                   float32 [1, T, V]
+    load("path/to/Llama-3.2-1B")                              a Hugging Face folder, as well
 
 Its parts are lm.model, lm.params, lm.tokenizer and lm.config. A score has loss, perplexity and bits_per_byte.
 """
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import checkpoint, lookup
+from jaxlm import axes, checkpoint, hf, lookup, models
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizers import Tokenizer
@@ -32,21 +33,42 @@ from jaxlm.nn.loss import LOGITS_AT_ONCE
 STREAM = 4  # tokens between two looks, when somebody reads along
 
 Function = TypeVar("Function", bound=Callable)
+Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
-def load(workdir: str, *, step: str | int = "newest") -> "LM":
-    """The model that a workdir holds, from its "newest" or "best" checkpoint, or that of a step.
+def load(path: str, *, step: str | int = "newest", dtype: str = "auto") -> "LM":
+    """The model of a workdir, from its "newest" or "best" checkpoint or that of a step; or of a Hugging Face folder.
 
-    Raises `Mistake` when the folder is no workdir or has no such checkpoint.
+    `dtype` is what products are computed in; "auto" is what the workdir was trained in, else bfloat16 where there is an
+    accelerator. A Hugging Face folder without tokenizer files takes and gives token ids. Raises `Mistake` when the
+    folder is neither or lacks a part.
     """
-    config = configs.read(workdir)
-    tokenizer = tokenizers.load(epath.Path(workdir) / "tokenizer")
-    dtype = str(config.get("dtype", "auto"))
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    blueprint = Blueprint.of(config.model, vocab=tokenizer.vocab, dtype=dtype)
-    _, params = checkpoint.restore_params(workdir, blueprint.shapes, step=step)
+    if hf.is_folder(path):
+        return _load_hugging_face(path, dtype)
+    config = configs.read(path)
+    tokenizer = tokenizers.load(epath.Path(path) / "tokenizer")
+    dtype = str(config.get("dtype", "auto")) if dtype == "auto" else dtype
+    blueprint = Blueprint.of(config.model, vocab=tokenizer.vocab, dtype=_computed(dtype))
+    _, params = checkpoint.restore_params(path, blueprint.shapes, step=step)
     return LM(blueprint, params, tokenizer, config)
+
+
+def _load_hugging_face(folder: str, dtype: str) -> "LM":
+    config = hf.read_config(folder)
+    section, form = models.of_hugging_face(config)
+    present = any((epath.Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = tokenizers.load(folder) if present else None
+    blueprint = Blueprint.of(
+        section, vocab=section["vocab"] if tokenizer is None else tokenizer.vocab, dtype=_computed(dtype)
+    )
+    params = hf.restore(folder, form, blueprint.shapes, mesh=axes.mesh(devices=jax.local_devices()[:1]))
+    return LM(blueprint, params, tokenizer, ends=hf.ends(folder))
+
+
+def _computed(dtype: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def spelled(fn: Function) -> Function:
@@ -66,16 +88,30 @@ def spelled(fn: Function) -> Function:
 class LM:
     """A model with its parameters and its tokenizer."""
 
-    def __init__(self, blueprint: Blueprint, params: Tree, tokenizer: Tokenizer, config: Any = None):
-        self.blueprint, self.params, self.tokenizer, self.config = blueprint, params, tokenizer, config
+    def __init__(
+        self, blueprint: Blueprint, params: Tree, tokenizer: Tokenizer | None, config: Any = None,
+        ends: Sequence[int] = (),
+    ):  # fmt: skip
+        self.blueprint, self.params, self.config = blueprint, params, config
+        self._tokenizer = tokenizer
+        eos = None if tokenizer is None else tokenizer.eos
+        self.ends: list[int] = [*ends] if eos is None or eos in ends else [*ends, eos]
         self.model = blueprint.bind(params)
-        self._forward = jax.jit(lambda params, tokens_BT: blueprint.bind(params)(tokens_BT)[0])
+        self._forward = jax.jit(lambda params, tokens_BT, **where: blueprint.bind(params)(tokens_BT, **where)[0])
+        self._hidden = jax.jit(lambda params, tokens_BT, **where: blueprint.bind(params).hidden(tokens_BT, **where)[0])
         self._nll = jax.jit(functools.partial(_nll, blueprint))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `Mistake` where the model came without one: it then takes and gives token ids."""
+        if self._tokenizer is None:
+            raise Mistake("this model came without tokenizer files: give it token ids, and it gives token ids")
+        return self._tokenizer
 
     @functools.cached_property
     def engine(self) -> Engine:
         """What continues rows of token ids; made when first needed."""
-        return Engine(self.blueprint, self.params, self.tokenizer.vocab)
+        return Engine(self.blueprint, self.params, self._tokenizer.vocab if self._tokenizer else None)
 
     @functools.cached_property
     def _beams(self) -> BeamSearch:
@@ -87,24 +123,34 @@ class LM:
         most = self.blueprint.config.context
         return min(most, (self.config or {}).get("length", most))
 
-    def logits(self, token_ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array) -> np.ndarray:
+    def logits(self, token_ids: Ids, *, mask: Ids | None = None) -> np.ndarray:
         """Logits [B, T, V] in float32 of what follows each of `token_ids`: one row [T], or rows of one length [B, T].
 
-        Raises `Mistake` for rows of different lengths, for ids that the model does not know, and beyond its context.
+        A `mask` of the same shape is 0 where a token is padding, on either side: no other token sees it, positions
+        count without it, and its own logits mean nothing. Raises `Mistake` for rows of different lengths, for ids that
+        the model does not know, and beyond its context.
         """
-        try:
-            tokens_BT = np.atleast_2d(np.asarray(token_ids))
-        except ValueError:
-            raise Mistake("lm.logits takes rows of one length; call it for each, or pad them on the right") from None
+        return self._read(self._forward, token_ids, mask)
+
+    def hidden(self, token_ids: Ids, *, mask: Ids | None = None) -> np.ndarray:
+        """Final hidden states [B, T, D]; arguments and errors as for `logits`."""
+        return self._read(self._hidden, token_ids, mask)
+
+    def _read(self, forward: Callable, token_ids: Ids, mask: Ids | None) -> np.ndarray:
+        tokens_BT = _whole(token_ids, "token ids")
         length, context, vocab = tokens_BT.shape[1], self.blueprint.config.context, self.blueprint.config.vocab
-        if not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
-            raise Mistake("token ids are whole numbers, one at least")
         if tokens_BT.min() < 0 or tokens_BT.max() >= vocab:
             raise Mistake(f"ids from {tokens_BT.min()} to {tokens_BT.max()}, but the model's vocabulary has {vocab}")
         if length > context:
             raise Mistake(f"{length:,} tokens, but the model reads {context:,}")
-        padding = bucket(length, 16, context) - length  # on the right, where a causal model does not look
-        return np.asarray(self._forward(self.params, np.pad(tokens_BT, ((0, 0), (0, padding)))))[:, :length]
+        where = {}
+        padding = ((0, 0), (0, bucket(length, 16, context) - length))  # on the right, where no causal model looks
+        if mask is not None:
+            real_BT = _whole(mask, "a mask")
+            if real_BT.shape != tokens_BT.shape or not np.isin(real_BT, (0, 1)).all():
+                raise Mistake(f"a mask is 0 or 1 for each of {tokens_BT.shape} tokens; this one has {real_BT.shape}")
+            where["segments_BT"] = np.pad(real_BT, padding)
+        return np.asarray(forward(self.params, np.pad(tokens_BT, padding), **where))[:, :length]
 
     def nll(self, rows: np.ndarray) -> np.ndarray:
         """Negative log-likelihood in nats [B, T] of tokens 1.. of rows [B, T + 1], each given those before it."""
@@ -130,23 +176,28 @@ class LM:
 
     @spelled
     def generate(
-        self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
-        top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0,
-        min_new_tokens: int = 0, num_return_sequences: int = 1, stop: str | Sequence[str] = (), seed: int = 0,
+        self, prompts: str | Sequence[str] | Ids, *, max_new_tokens: int = 128, temperature: float = 1.0,
+        top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, num_return_sequences: int = 1, stop: str | Sequence[str] = (), seed: int = 0,
         beams: int = 1, length_penalty: float = 1.0, early_stopping: str = "best",
         stream: Callable[[str], object] | None = None, batch: int = 16, first: int = 0,
-    ) -> list[str] | list[list[str]]:  # fmt: skip
+    ) -> list[Any]:  # fmt: skip
         """Continue each prompt until eos, a `stop` string, `max_new_tokens` or the context's end: the new texts alone.
 
         One text a prompt, or a list of texts where `num_return_sequences` is above 1. Temperature 0 is greedy. With
         `beams` of 2 or more the likeliest texts are searched for instead of drawn. `stream` is called with each piece
         of the one text as it comes. What a prompt draws depends on `seed` and its place among the prompts, counted from
-        `first`: neither on the others nor on `batch`. Raises `Mistake` for a prompt that does not fit the context, and
-        for an empty one where the tokenizer has no bos.
+        `first`: neither on the others nor on `batch`. Prompts of token ids are continued by token ids. Raises `Mistake`
+        for a prompt that does not fit the context, and for an empty one where the tokenizer has no bos.
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens)
-        texts, stop = ([x] if isinstance(x, str) else list(x) for x in (prompts, stop))
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int))
+        texts: list[Any] = [prompts] if alone else [*prompts]
         tokens = [self._prompt(text) for text in texts]
+        in_ids = any(not isinstance(text, str) for text in texts)
+        if in_ids and (stop or stream or any(isinstance(text, str) for text in texts)):
+            raise Mistake("prompts are all texts or all token ids; stop strings and stream are for texts")
         copies = num_return_sequences
         if copies < 1 or max_new_tokens < 1 or batch < 1 or "" in stop:
             raise Mistake("num_return_sequences, max_new_tokens, batch: 1 at least; and a stop string is not empty")
@@ -157,14 +208,16 @@ class LM:
         if beams > 1 and (copies > beams or temperature not in (0, 1)):
             fault = f"num_return_sequences={copies}" if copies > beams else f"temperature={temperature}"
             raise Mistake(f"beams={beams} finds as many texts, the likeliest, so {fault} cannot be")
-        ends = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
-        out: list[list[str]] = []
+        out: list[list[Any]] = []
         for at in range(0, len(tokens), batch):
             part = tokens[at : at + batch]
-            replies = [Reply(self.tokenizer, prompt, stop, stream) for prompt in part for _ in range(copies)]
+            replies = [
+                Row() if in_ids else Reply(self.tokenizer, prompt, stop, stream)
+                for prompt in part for _ in range(copies)
+            ]  # fmt: skip
             if beams > 1:
                 found = self._beams(
-                    part, beams=beams, max_new_tokens=max_new_tokens, stop=ends, length_penalty=length_penalty,
+                    part, beams=beams, max_new_tokens=max_new_tokens, stop=self.ends, length_penalty=length_penalty,
                     early_stopping=early_stopping, how=how,
                 )  # fmt: skip
                 for i, best in enumerate(found):
@@ -172,7 +225,7 @@ class LM:
                         reply.add(one.tokens)
             else:
                 self.engine.generate(
-                    part, how, max_new_tokens=max_new_tokens, copies=copies, stop=ends, seed=seed,
+                    part, how, max_new_tokens=max_new_tokens, copies=copies, stop=self.ends, seed=seed,
                     ids=range(first + at, first + at + len(part)), steps=STREAM if stream else STEPS,
                     watch=lambda row, new: replies[row].add(new),  # noqa: B023
                 )  # fmt: skip
@@ -180,11 +233,17 @@ class LM:
             out += [finished[i : i + copies] for i in range(0, len(finished), copies)]
         return [row[0] for row in out] if copies == 1 else out
 
-    def _prompt(self, text: str) -> list[int]:
-        tok, context = self.tokenizer, self.blueprint.config.context
-        tokens = tok.encode(text)
-        if tok.bos is not None and (tok.add_bos or not tokens):
-            tokens = [tok.bos, *tokens]
+    def _prompt(self, text: str | Sequence[int]) -> list[int]:
+        context, vocab = self.blueprint.config.context, self.blueprint.config.vocab
+        if isinstance(text, str):
+            tok = self.tokenizer
+            tokens = tok.encode(text)
+            if tok.bos is not None and (tok.add_bos or not tokens):
+                tokens = [tok.bos, *tokens]
+        else:
+            tokens = [int(i) for i in text]
+            if any(not 0 <= i < vocab for i in tokens):
+                raise Mistake(f"a prompt holds ids from {min(tokens)} to {max(tokens)}; the vocabulary has {vocab}")
         if not tokens:
             raise Mistake("the prompt is empty, and this tokenizer has no bos token to begin with; give it some text")
         if len(tokens) >= context:
@@ -192,6 +251,17 @@ class LM:
                 f"the prompt has {len(tokens):,} tokens, which leaves no room in the model's context of {context:,}"
             )
         return tokens
+
+
+def _whole(ids: Ids, what: str) -> np.ndarray:
+    """Whole numbers [B, T]."""
+    try:
+        array = np.atleast_2d(np.asarray(ids))
+    except ValueError:
+        raise Mistake(f"{what}: rows of one length; pad them and give a mask, or call once for each") from None
+    if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
+        raise Mistake(f"{what}: whole numbers, one at least, in one row or in rows of one length")
+    return array.astype(np.int32)
 
 
 def _nll(blueprint: Blueprint, params: Tree, rows: jax.Array) -> jax.Array:
@@ -208,6 +278,20 @@ def _nll(blueprint: Blueprint, params: Tree, rows: jax.Array) -> jax.Array:
 
     tokens = x_BTD.reshape(B * T, D), rows[:, 1:].reshape(B * T)
     return jax.lax.map(one, tokens, batch_size=max(1, min(B * T, LOGITS_AT_ONCE // len(head_VD)))).reshape(B, T)
+
+
+class Row:
+    """A continuation of token ids while they come in."""
+
+    def __init__(self):
+        self._tokens: list[int] = []
+
+    def add(self, new: list[int]) -> bool:
+        self._tokens += new
+        return False
+
+    def finish(self) -> list[int]:
+        return self._tokens
 
 
 class Reply:

@@ -15,7 +15,7 @@ from flax import nnx
 import jax
 from jax.sharding import Mesh
 
-from jaxlm import axes, lookup
+from jaxlm import axes, hf, lookup
 
 Tree = Any  # nested dicts of arrays
 
@@ -71,3 +71,42 @@ class Blueprint:
         idle = {"positions_TD"} | ({"embed_VD"} if "untied_VD" in self.shapes else set())
         active = self.size - sum(math.prod(self.shapes[name].shape) for name in idle & set(self.shapes))
         return 6 * active + 12 * self.config.layers * self.config.heads * self.config.head_width * length
+
+
+def of_hugging_face(config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Format]:
+    """From a Hugging Face config.json: `config.model` for the family that has its `model_type`, and how it is written.
+
+    Raises `Mistake` for a model_type of no family, and for settings that the family does not have.
+    """
+    kind = config["model_type"]
+    forms = {}
+    for name in lookup.names(__name__):
+        forms |= {k: (name, form) for k, form in getattr(lookup.module(__name__, name), "HF", {}).items()}
+    name, form = lookup.key("model_type in config.json", kind, forms)
+    return {"name": name, "vocab": config["vocab_size"], **form.read(config)}, form
+
+
+def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any]]:
+    """The model_type that a model is exported as, how that is written, and its config.json.
+
+    Raises `Mistake` where no model_type of transformers can express the model.
+    """
+    reasons = []
+    for kind, form in getattr(lookup.module(__name__, blueprint.name), "HF", {}).items():
+        try:
+            config = {"model_type": kind, "vocab_size": blueprint.config.vocab, **form.write(blueprint.config)}
+            again = lookup.spend("config.json", type(blueprint.config), form.read(config), vocab=blueprint.config.vocab)
+        except lookup.Mistake as e:
+            reasons.append(f"{kind}: {e}")
+            continue
+        free = {f.name for f in dataclasses.fields(again)} & {"attention", "remat", "dtype", "dropout"}
+        differs = [
+            f.name for f in dataclasses.fields(again)
+            if f.name not in free and getattr(again, f.name) != getattr(blueprint.config, f.name)
+        ]  # fmt: skip
+        if not differs:
+            return kind, form, config
+        reasons.append(f"{kind} has no {', '.join(differs)}")
+    raise lookup.Mistake(
+        f"no model of transformers is this {blueprint.name}: {'; '.join(reasons) or 'it has no HF table'}"
+    )

@@ -4,15 +4,17 @@
 Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import axes
+from jaxlm import axes, hf
 from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
 from jaxlm.nn import positions
@@ -113,3 +115,50 @@ class Model(nnx.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         c = self.config
         return Cache.empty(c.layers, batch, c.heads, slots, c.head_width, jnp.dtype(c.dtype))
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    hf.require(config, activation_function="gelu_new", scale_attn_weights=True, tie_word_embeddings=True)
+    hf.require(config, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    return dict(
+        context=config["n_positions"], layers=config["n_layer"], width=config["n_embd"], heads=config["n_head"],
+        mlp_width=config.get("n_inner"), norm_eps=config.get("layer_norm_epsilon", 1e-5),
+    )  # fmt: skip
+
+
+def _write(c: Config) -> dict[str, Any]:
+    return dict(
+        n_positions=c.context, n_layer=c.layers, n_embd=c.width, n_head=c.heads, n_inner=c.mlp_width,
+        layer_norm_epsilon=c.norm_eps, activation_function="gelu_new",
+    )  # fmt: skip
+
+
+_LAYER = "transformer.h.{i}."
+HF = {
+    "gpt2": hf.Format(
+        architecture="GPT2LMHeadModel", read=_read, write=_write, prefix="transformer.", copies=("lm_head.weight",),
+        ignored=(r".*\.attn\.(masked_)?bias",),  # the causal mask, in older files
+        tensors={
+            "transformer.wte.weight": ("embed_VD", "V D -> V D"),
+            "transformer.wpe.weight": ("positions_TD", "T D -> T D"),
+            _LAYER + "ln_1.weight": ("blocks.norm1.scale_D", "D -> D"),
+            _LAYER + "ln_1.bias": ("blocks.norm1.bias_D", "D -> D"),
+            _LAYER + "attn.c_attn.weight": (
+                tuple(f"blocks.attn.{w}" for w in ("wq_DNH", "wk_DKH", "wv_DKH")), "D (three N H) -> three D N H"
+            ),
+            _LAYER + "attn.c_attn.bias": (
+                tuple(f"blocks.attn.bias_{b}" for b in ("q_NH", "k_KH", "v_KH")), "(three N H) -> three N H"
+            ),
+            _LAYER + "attn.c_proj.weight": ("blocks.attn.wo_NHD", "(N H) D -> N H D"),
+            _LAYER + "attn.c_proj.bias": ("blocks.attn.bias_D", "D -> D"),
+            _LAYER + "ln_2.weight": ("blocks.norm2.scale_D", "D -> D"),
+            _LAYER + "ln_2.bias": ("blocks.norm2.bias_D", "D -> D"),
+            _LAYER + "mlp.c_fc.weight": ("blocks.mlp.up_DF", "D F -> D F"),
+            _LAYER + "mlp.c_fc.bias": ("blocks.mlp.bias_F", "F -> F"),
+            _LAYER + "mlp.c_proj.weight": ("blocks.mlp.down_FD", "F D -> F D"),
+            _LAYER + "mlp.c_proj.bias": ("blocks.mlp.bias_D", "D -> D"),
+            "transformer.ln_f.weight": ("norm.scale_D", "D -> D"),
+            "transformer.ln_f.bias": ("norm.bias_D", "D -> D"),
+        },
+    )
+}  # fmt: skip

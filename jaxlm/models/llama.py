@@ -1,16 +1,22 @@
 """Llama: pre-norm decoder with rotary positions, grouped queries and a gated MLP (arXiv:2302.13971).
 
+Mistral (sliding window, arXiv:2310.06825), Qwen2 (biases, arXiv:2407.10671), Qwen3 (norms of queries and keys,
+arXiv:2505.09388) and SmolLM differ in settings alone.
+
 Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
 """
 
+from collections.abc import Mapping
 import dataclasses
+import functools
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import axes
+from jaxlm import axes, hf, lookup
 from jaxlm.axes import shaped
 from jaxlm.nn import positions
 from jaxlm.nn.attention import Attention
@@ -18,7 +24,7 @@ from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import dropout, embed, logits, normal
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import GatedMLP
-from jaxlm.nn.norms import RMSNorm
+from jaxlm.nn.norms import HeadNorm, RMSNorm
 from jaxlm.nn.stack import scan, stacked
 
 
@@ -35,13 +41,31 @@ class Config:
     head_width: int = 128
     mlp_width: int = 11008
     rope_base: float = 10_000.0
+    rope_scaling: Any = None  # what `positions.Scaling` takes: kind, factor, ...
     tied: bool = False  # whether the head is the embedding
-    window: int | None = None  # sliding window of keys, as in Mistral (arXiv:2310.06825)
+    bias: str = "none"  # of attention: none, qkv or all
+    qk_norm: bool = False
+    window: int | None = None  # keys that a query sees, its own included; all before it unless given
+    window_from: int = 0  # the first layer that has the window
     dropout: float = 0.0
     norm_eps: float = 1e-5
     attention: str = "auto"
     remat: str = "none"
     dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+
+    def __post_init__(self):
+        lookup.key("config.model.bias", self.bias, BIAS)
+        if isinstance(self.rope_scaling, Mapping):
+            scaling = lookup.spend("config.model.rope_scaling", positions.Scaling, self.rope_scaling)
+            object.__setattr__(self, "rope_scaling", scaling)
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer."""
+        return [self.window if layer >= self.window_from else None for layer in range(self.layers)]
+
+
+BIAS = {"none": (False, False), "qkv": (True, False), "all": (True, True)}
 
 
 class Block(nnx.Module):
@@ -51,7 +75,9 @@ class Block(nnx.Module):
         std, out_std = 0.02, 0.02 * (2 * c.layers) ** -0.5
         self.norm1, self.norm2 = RMSNorm(c.width, c.norm_eps), RMSNorm(c.width, c.norm_eps)
         self.attn = Attention(
-            c.width, c.heads, c.kv_heads, c.head_width, backend=c.attention, std=std, out_std=out_std, rngs=rngs
+            c.width, c.heads, c.kv_heads, c.head_width, bias=BIAS[c.bias][0], out_bias=BIAS[c.bias][1],
+            qk_norm=functools.partial(HeadNorm, eps=c.norm_eps) if c.qk_norm else None, backend=c.attention, std=std,
+            out_std=out_std, rngs=rngs,
         )  # fmt: skip
         self.mlp = GatedMLP(c.width, c.mlp_width, jax.nn.silu, std=std, out_std=out_std, rngs=rngs)
         self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
@@ -85,15 +111,15 @@ class Model(nnx.Module):
         c = self.config
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
-        angles = positions.angles(positions_BT, c.head_width, c.rope_base)
+        angles = positions.angles(positions_BT, c.head_width, c.rope_base, c.rope_scaling)
         x_BTD = embed(self.embed_VD, tokens_BT)
-        mask = Mask(window=c.window, segments_BT=segments_BT)
         keys = None if key is None else jax.random.split(key, c.layers)
 
-        def step(block, carry, extra):
-            return block(carry[0], mask, angles, carry[1], *extra)
+        def step(block, carry, extra, window):
+            return block(carry[0], Mask(window=window, segments_BT=segments_BT), angles, carry[1], *extra)
 
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (np.arange(c.layers), keys), remat=c.remat)
+        per_layer = (np.arange(c.layers), keys)
+        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, remat=c.remat, kinds=c.windows)
         return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1])
 
     @shaped
@@ -106,3 +132,69 @@ class Model(nnx.Module):
         """Room for `slots` tokens in each of `batch` rows."""
         c = self.config
         return Cache.empty(c.layers, batch, c.kv_heads, slots, c.head_width, jnp.dtype(c.dtype))
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    hf.require(config, hidden_act="silu", mlp_bias=False)
+    kind, heads = config["model_type"], config["num_attention_heads"]
+    window = config.get("sliding_window") if kind != "llama" and config.get("use_sliding_window", True) else None
+    types = config.get("layer_types") or []
+    first = types.index("sliding_attention") if window and "sliding_attention" in types else 0
+    if window and types and types != ["full_attention"] * first + ["sliding_attention"] * (len(types) - first):
+        if "sliding_attention" in types:
+            raise lookup.Mistake("config.json: layer_types change more than once; this family has one change at most")
+        window = None
+    bias = "qkv" if kind == "qwen2" else "all" if config.get("attention_bias") else "none"
+    return dict(
+        context=config["max_position_embeddings"], layers=config["num_hidden_layers"], width=config["hidden_size"],
+        heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
+        head_width=config.get("head_dim") or config["hidden_size"] // heads, mlp_width=config["intermediate_size"],
+        norm_eps=config.get("rms_norm_eps", 1e-6), tied=config.get("tie_word_embeddings", False), bias=bias,
+        qk_norm=kind == "qwen3", window=window, window_from=first, **hf.read_rope(config),
+    )  # fmt: skip
+
+
+def _write(c: Config, kind: str) -> dict[str, Any]:
+    config: dict[str, Any] = dict(
+        max_position_embeddings=c.context, num_hidden_layers=c.layers, hidden_size=c.width, num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads, head_dim=c.head_width, intermediate_size=c.mlp_width, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tied, attention_bias=c.bias == "all", hidden_act="silu", **hf.write_rope(c),
+    )  # fmt: skip
+    if kind != "llama":
+        config["sliding_window"] = c.window
+    if kind.startswith("qwen"):
+        types = ["full_attention" if window is None else "sliding_attention" for window in c.windows]
+        config |= dict(use_sliding_window=c.window is not None, max_window_layers=c.window_from, layer_types=types)
+    return config
+
+
+_LAYER = "model.layers.{i}."
+_TENSORS = {
+    "model.embed_tokens.weight": ("embed_VD", "V D -> V D"),
+    _LAYER + "input_layernorm.weight": ("blocks.norm1.scale_D", "D -> D"),
+    _LAYER + "self_attn.q_proj.weight": ("blocks.attn.wq_DNH", "(N H) D -> D N H"),
+    _LAYER + "self_attn.k_proj.weight": ("blocks.attn.wk_DKH", "(K H) D -> D K H"),
+    _LAYER + "self_attn.v_proj.weight": ("blocks.attn.wv_DKH", "(K H) D -> D K H"),
+    _LAYER + "self_attn.o_proj.weight": ("blocks.attn.wo_NHD", "D (N H) -> N H D"),
+    _LAYER + "self_attn.q_proj.bias": ("blocks.attn.bias_q_NH", "(N H) -> N H"),
+    _LAYER + "self_attn.k_proj.bias": ("blocks.attn.bias_k_KH", "(K H) -> K H"),
+    _LAYER + "self_attn.v_proj.bias": ("blocks.attn.bias_v_KH", "(K H) -> K H"),
+    _LAYER + "self_attn.o_proj.bias": ("blocks.attn.bias_D", "D -> D"),
+    _LAYER + "self_attn.q_norm.weight": ("blocks.attn.q_norm.scale_H", "H -> H"),
+    _LAYER + "self_attn.k_norm.weight": ("blocks.attn.k_norm.scale_H", "H -> H"),
+    _LAYER + "post_attention_layernorm.weight": ("blocks.norm2.scale_D", "D -> D"),
+    _LAYER + "mlp.gate_proj.weight": ("blocks.mlp.gate_DF", "F D -> D F"),
+    _LAYER + "mlp.up_proj.weight": ("blocks.mlp.up_DF", "F D -> D F"),
+    _LAYER + "mlp.down_proj.weight": ("blocks.mlp.down_FD", "D F -> F D"),
+    "model.norm.weight": ("norm.scale_D", "D -> D"),
+    "lm_head.weight": ("untied_VD", "V D -> V D"),
+}  # fmt: skip
+HF = {
+    kind: hf.Format(
+        architecture=architecture, read=_read, write=functools.partial(_write, kind=kind), tensors=_TENSORS,
+        prefix="model.", ignored=(r".*rotary_emb\.inv_freq",), copies=("lm_head.weight",),
+    )
+    for kind, architecture in dict(
+        llama="LlamaForCausalLM", mistral="MistralForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM",
+    ).items()
+}  # fmt: skip

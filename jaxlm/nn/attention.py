@@ -154,10 +154,13 @@ def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, 
 
 
 class Attention(nnx.Module):
-    """Projections around `attend`: grouped queries (arXiv:2305.13245), optionally rotary positions and biases."""
+    """Projections around `attend`: grouped queries (arXiv:2305.13245), optionally rotary positions, biases (of the
+    output too, unless `out_bias` says otherwise) and norms of queries and keys.
+    """
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, head_width: int, *, bias: bool = False, backend: str = "auto",
+        self, width: int, heads: int, kv_heads: int, head_width: int, *, bias: bool = False,
+        out_bias: bool | None = None, qk_norm: Callable[[int], nnx.Module] | None = None, backend: str = "auto",
         std: float, out_std: float, rngs: nnx.Rngs,
     ):  # fmt: skip
         if heads % kv_heads:
@@ -169,7 +172,9 @@ class Attention(nnx.Module):
         self.bias_q_NH = zeros(heads, head_width) if bias else None
         self.bias_k_KH = zeros(kv_heads, head_width) if bias else None
         self.bias_v_KH = zeros(kv_heads, head_width) if bias else None
-        self.bias_D = zeros(width) if bias else None
+        self.bias_D = zeros(width) if (bias if out_bias is None else out_bias) else None
+        self.q_norm = qk_norm and qk_norm(head_width)
+        self.k_norm = qk_norm and qk_norm(head_width)
         self.backend = backend
 
     @shaped
@@ -181,6 +186,8 @@ class Attention(nnx.Module):
         q_BNTH = dense(x_BTD, self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
         k_BKTH = dense(x_BTD, self.wk_DKH, self.bias_k_KH).transpose(0, 2, 1, 3)
         v_BKTH = dense(x_BTD, self.wv_DKH, self.bias_v_KH).transpose(0, 2, 1, 3)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
         if angles is not None:
             q_BNTH, k_BKTH = positions.rotate(q_BNTH, angles), positions.rotate(k_BKTH, angles)
         q_BNTH, k_BKSH, v_BKSH = (

@@ -3,9 +3,14 @@
 restart(segments [1 1 1 2 2 0])  ->  [0 1 2 0 1 0]
 """
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxlm import lookup
 from jaxlm.axes import shaped
 from jaxlm.nn.cache import Cache
 
@@ -26,12 +31,62 @@ def of(tokens_BT: jax.Array, segments_BT: jax.Array | None = None, cache: Cache 
     return index_BT if cache is None else cache.lengths_B[:, None] + index_BT
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How rotary frequencies are changed for rows longer than those of pretraining: `config.model.rope_scaling`.
+
+    linear: all divided by `factor` (arXiv:2306.15595). llama3: those whose wave is longer than original / low_freq;
+    between that and original / high_freq, in between (arXiv:2407.21783). yarn: those that turn less than beta_slow
+    times in `original` tokens; up to beta_fast turns, in between; and scores sharpened (arXiv:2309.00071, section 3.4).
+    """
+
+    kind: str
+    factor: float
+    original: int = 0  # tokens of a row in pretraining
+    low_freq: float = 1.0
+    high_freq: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention: float | None = None  # yarn: what cosine and sine are multiplied by; 0.1 ln(factor) + 1 unless given
+
+    def __post_init__(self):
+        lookup.key("config.model.rope_scaling.kind", self.kind, dict.fromkeys(("linear", "llama3", "yarn")))
+        if self.kind != "linear" and self.original < 1:
+            raise lookup.Mistake(f"config.model.rope_scaling: {self.kind} needs `original`, the context of pretraining")
+
+    def __call__(self, frequency: np.ndarray, base: float) -> np.ndarray:
+        """The changed frequencies (radians a token) [H / 2]."""
+        if self.kind == "linear":
+            return frequency / self.factor
+        turns = self.original * frequency / (2 * np.pi)  # of each channel pair in a row of pretraining
+        if self.kind == "llama3":
+            keep = np.clip((turns - self.low_freq) / (self.high_freq - self.low_freq), 0, 1)
+        else:
+            n = len(frequency)
+            channel = lambda turns: n * math.log(self.original / (turns * 2 * math.pi)) / math.log(base)  # noqa: E731
+            low, high = math.floor(channel(self.beta_fast)), math.ceil(channel(self.beta_slow))
+            low, high = max(low, 0), min(high, 2 * n - 1)
+            keep = 1 - np.clip((np.arange(n) - low) / max(high - low, 1e-3), 0, 1)
+        return frequency * keep + frequency / self.factor * (1 - keep)
+
+    @property
+    def sharpness(self) -> float:
+        if self.kind != "yarn":
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1 if self.attention is None else self.attention
+
+
 @shaped
-def angles(positions_BT: jax.Array, head_width: int, base: float) -> tuple[jax.Array, jax.Array]:
+def angles(
+    positions_BT: jax.Array, head_width: int, base: float, scaling: Scaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, 1, T, H/2] of each channel pair's angle, linear in the position (arXiv:2104.09864)."""
-    frequency = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angle = positions_BT.astype(jnp.float32)[:, None, :, None] * frequency[None, None, None]
-    return jnp.cos(angle), jnp.sin(angle)
+    frequency = base ** (-np.arange(0, head_width, 2, dtype=np.float64) / head_width)
+    sharpness = 1.0 if scaling is None else scaling.sharpness
+    if scaling is not None:
+        frequency = scaling(frequency, base)
+    angle = positions_BT.astype(jnp.float32)[:, None, :, None] * frequency.astype(np.float32)[None, None, None]
+    return jnp.cos(angle) * sharpness, jnp.sin(angle) * sharpness
 
 
 @shaped

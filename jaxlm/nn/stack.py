@@ -2,7 +2,7 @@
 grow with depth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -29,9 +29,13 @@ def stacked(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -> B
 
 
 def scan(
-    blocks: nnx.Module, carry: Any, step: Callable[[Any, Any, Any], Any], per_layer: Any = None, *, remat: str = "none"
-) -> Any:
+    blocks: nnx.Module, carry: Any, step: Callable[..., Any], per_layer: Any = None, *, remat: str = "none",
+    kinds: Sequence[Any] | None = None,
+) -> Any:  # fmt: skip
     """Run `carry = step(block, carry, slice of per_layer)` through the layers; `remat` names a policy of `REMAT`.
+
+    Where layers are of several kinds, `kinds` holds one a layer, and `step` gets it as its last argument, untraced: a
+    scan then goes from period to period (local, local, global), and what fits none stands in a row before and behind.
 
     On a CPU up to `IN_A_ROW` layers stand in a row instead: a scan there copies each layer's weights out of the stack,
     and what the backward pass needs into another. So do layers whose parameters come as tuples of L arrays.
@@ -41,25 +45,59 @@ def scan(
     params = nnx.to_pure_dict(state)
     first = jax.tree.leaves(params, is_leaf=_is_tuple)[0]
 
-    def body(carry, xs):
+    def body(carry: Any, xs: Any, kind: tuple) -> Any:
         params, extra = xs
-        return step(nnx.merge(graph, params), carry, extra), None
+        return step(nnx.merge(graph, params), carry, extra, *kind)
 
     if policy is not None:
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    if not _is_tuple(first) and (policy is not None or len(first) > IN_A_ROW or axes.platform() != "cpu"):
-        return jax.lax.scan(body, carry, (params, per_layer))[0]
-    layers = jax.tree.map(_apart, params, is_leaf=_is_tuple)
-    for i in range(len(first)):
-        layer = jax.tree.map(lambda x, i=i: x[i], layers, is_leaf=_is_tuple)
-        carry, _ = body(carry, (layer, jax.tree.map(lambda x, i=i: x[i], per_layer)))
-    return carry
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False, static_argnums=2)
+
+    def in_a_row(carry, xs, kinds):
+        params, per_layer = xs
+        layers = jax.tree.map(_apart, params, is_leaf=_is_tuple)
+        for i, kind in enumerate(kinds):
+            layer = jax.tree.map(lambda x, i=i: x[i], layers, is_leaf=_is_tuple)
+            carry = body(carry, (layer, jax.tree.map(lambda x, i=i: x[i], per_layer)), kind)
+        return carry
+
+    layers = len(first)
+    each = [()] * layers if kinds is None else [(kind,) for kind in kinds]
+    if _is_tuple(first) or (policy is None and layers <= IN_A_ROW and axes.platform() == "cpu"):
+        return in_a_row(carry, (params, per_layer), each)
+    before, period, times = _rhythm(each)
+    until = before + period * times
+    part = lambda start, stop: jax.tree.map(lambda x: x[start:stop], (params, per_layer))  # noqa: E731
+    fold = lambda x: x.reshape(times, period, *x.shape[1:])  # noqa: E731
+    carry = in_a_row(carry, part(0, before), each[:before])
+    one = lambda carry, xs: (in_a_row(carry, xs, each[before : before + period]), None)  # noqa: E731
+    carry, _ = jax.lax.scan(one, carry, jax.tree.map(fold, part(before, until)))
+    return in_a_row(carry, part(until, layers), each[until:])
+
+
+def _rhythm(kinds: Sequence[Any]) -> tuple[int, int, int]:
+    """How layers repeat: so many before, then a period, so many times; what is left comes behind. The fewest to trace.
+
+    a b b b b -> (1, 1, 4)      a a g a a g a -> (0, 3, 2)
+    """
+    best = (len(kinds), 0, len(kinds), 1)
+    for before in range(len(kinds)):
+        for period in range(1, len(kinds) - before + 1):
+            group = kinds[before : before + period]
+            times = 1
+            while kinds[before + times * period : before + (times + 1) * period] == group:
+                times += 1
+            traced = len(kinds) - (times - 1) * period
+            if traced < best[0]:
+                best = (traced, before, period, times)
+    return best[1:]
 
 
 def _is_tuple(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-def _apart(x: jax.Array | tuple) -> tuple[jax.Array, ...]:
+def _apart(x: Any) -> Any:
     """The layers of a stack; its gradient is one concatenation, where that of L slices would be L padded sums."""
-    return x if isinstance(x, tuple) else tuple(part[0] for part in jax.lax.split(x, [1] * len(x)))
+    if isinstance(x, tuple) or not len(x):
+        return x
+    return tuple(part[0] for part in jax.lax.split(x, [1] * len(x)))

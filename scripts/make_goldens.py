@@ -1,0 +1,115 @@
+"""Make tests/goldens/*.npz: tiny random models of transformers, and what they answer.
+
+    python scripts/make_goldens.py [NAME ...]      in an environment of its own: torch, transformers, numpy
+
+Each file holds a model's config.json, its weights under "w:NAME" (float16 values, so that they are small and exact) and
+what it answers in float32: to a prompt of 310 tokens, and to two short rows alone. Padded on the left or on the right,
+transformers answers the same, which is checked here.
+"""
+
+import json
+from pathlib import Path
+import sys
+
+import numpy as np
+import torch  # type: ignore
+import transformers as tf  # type: ignore
+
+V, LONG = 40, 310
+SIZES = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+    max_position_embeddings=512,
+)  # fmt: skip
+KV = dict(num_key_value_heads=2)
+
+
+def decoders() -> dict:
+    """Every variant of a decoder: name -> (class, config)."""
+    llama3 = dict(
+        rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    )  # fmt: skip
+    yarn = dict(rope_type="yarn", rope_theta=1000.0, factor=4.0, original_max_position_embeddings=128)
+    linear = dict(rope_type="linear", rope_theta=10_000.0, factor=2.0)
+    gpt2 = tf.GPT2Config(vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=512, n_inner=48)
+    llama = lambda **more: (tf.LlamaForCausalLM, tf.LlamaConfig(**SIZES, **KV, **more))  # noqa: E731
+    qwen2 = tf.Qwen2Config(**SIZES, **KV, tie_word_embeddings=True)
+    windows = dict(use_sliding_window=True, sliding_window=50, max_window_layers=1)
+    return {
+        "gpt2": (tf.GPT2LMHeadModel, gpt2),
+        "llama": llama(),
+        "llama-3": llama(rope_parameters=llama3, tie_word_embeddings=True),
+        "llama-linear": llama(rope_parameters=linear, attention_bias=True),
+        "llama-yarn": llama(rope_parameters=yarn, head_dim=16),
+        "mistral": (tf.MistralForCausalLM, tf.MistralConfig(**SIZES, **KV, sliding_window=37)),
+        "qwen2": (tf.Qwen2ForCausalLM, qwen2),
+        "qwen2-window": (tf.Qwen2ForCausalLM, tf.Qwen2Config(**SIZES, **KV, **windows)),
+        "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config(**SIZES, **KV, head_dim=16)),
+    }
+
+
+def build(cls: type, config: tf.PretrainedConfig) -> torch.nn.Module:
+    """The model with weights so large that every part of it matters, each a float16 value."""
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    model = cls(config).eval().float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            new = torch.randn_like(p) * (0.15 if p.dim() > 1 else 0.3)
+            if p.dim() == 1 and "bias" not in name:
+                new += p.mean()
+            p.copy_(new.half().float())
+    return model
+
+
+def ask_decoder(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Logits of the long prompt and of two short rows, the same however they are padded."""
+    rng = np.random.default_rng(0)
+    prompt, first, second = (torch.tensor(rng.integers(3, V, (1, n))) for n in (LONG, 9, 5))
+    out = dict(prompt=prompt, first=first, second=second)
+    with torch.no_grad():
+        for name in ("prompt", "first", "second"):
+            out[f"{name}_logits"] = model(out[name]).logits
+        pad = torch.zeros((1, 4), dtype=torch.long)
+        for side in ("left", "right"):
+            row = torch.cat([pad, second] if side == "left" else [second, pad], 1)
+            mask = torch.cat([pad, torch.ones_like(second)] if side == "left" else [torch.ones_like(second), pad], 1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            got = model(row, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+            assert torch.allclose(got, out["second_logits"][0], atol=2e-5), (
+                side,
+                (got - out["second_logits"][0]).abs().max(),
+            )
+    return {name: x.numpy() for name, x in out.items()}
+
+
+def main(wanted: list[str]) -> None:
+    folder = Path(__file__).parent.parent / "tests" / "goldens"
+    folder.mkdir(exist_ok=True)
+    makers = [(decoders(), ask_decoder)]
+    for variants, ask in makers:
+        for name, (cls, config) in variants.items():
+            if wanted and name not in wanted:
+                continue
+            model = build(cls, config)
+            answers = ask(model)
+            weights = _saved(model)
+            keep = {k: v for k, v in weights[1].items() if k not in ("transformers_version", "id2label", "label2id")}
+            arrays = {f"w:{k}": v.astype(np.float16) for k, v in weights[0].items()}
+            np.savez_compressed(folder / f"{name}.npz", **{"config": np.array(json.dumps(keep)), **arrays, **answers})
+            print(name, (folder / f"{name}.npz").stat().st_size // 1000, "KB", flush=True)
+
+
+def _saved(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict]:
+    """What save_pretrained writes: the tensors and the config."""
+    import tempfile
+
+    from safetensors.numpy import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(f"{folder}/model.safetensors"), json.loads(Path(folder, "config.json").read_text())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,192 @@
+"""What transformers answers, we answer: from small stored goldens (scripts/make_goldens.py)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxlm
+from jaxlm import hf, models
+from jaxlm.lookup import Mistake
+from jaxlm.models import Blueprint
+
+GOLDENS = sorted(path.stem for path in (Path(__file__).parent / "goldens").glob("*.npz"))
+
+
+def golden(name):
+    return np.load(Path(__file__).parent / "goldens" / f"{name}.npz")
+
+
+def folder_of(name, folder, **config):
+    """The golden's Hugging Face folder."""
+    arrays = golden(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**json.loads(str(arrays["config"])), **config}))
+    weights = {key[2:]: arrays[key].astype(np.float32) for key in arrays.files if key.startswith("w:")}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module", params=GOLDENS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name, tmp_path_factory):
+    return folder_of(name, tmp_path_factory.mktemp("hf") / name)
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    return jaxlm.load(str(folder))
+
+
+def test_a_long_prompt_has_the_same_logits(name, lm):
+    g = golden(name)
+    np.testing.assert_allclose(lm.logits(g["prompt"]), g["prompt_logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("left", [0, 4], ids=["right", "left"])
+def test_padding_on_either_side_changes_nothing(name, lm, left):
+    g = golden(name)
+    first, second = g["first"][0], g["second"][0]
+    padding = len(first) - len(second)
+    around = (padding, 0) if left else (0, padding)
+    tokens, mask = (
+        [first, np.pad(second, around)],
+        [np.ones(len(first), int), np.pad(np.ones(len(second), int), around)],
+    )
+    got = lm.logits(np.stack(tokens), mask=np.stack(mask))
+    np.testing.assert_allclose(got[0], g["first_logits"][0], atol=1e-4)
+    np.testing.assert_allclose(got[1][mask[1] == 1], g["second_logits"][0], atol=1e-4)
+
+
+def test_packed_rows_answer_as_if_alone(name, lm):
+    g = golden(name)
+    tokens = np.concatenate([g["first"], g["second"]], axis=1)
+    segments = np.repeat([[1, 2]], [g["first"].shape[1], g["second"].shape[1]], axis=1)
+    got = np.asarray(lm.model(tokens, segments_BT=segments)[0])
+    want = np.concatenate([g["first_logits"], g["second_logits"]], axis=1)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_cached_decoding_gives_the_same_logits(name, lm):
+    """Prefill most of the long prompt, then one token at a time, as the engine does."""
+    import jax
+
+    g, last = golden(name), 6
+    model = jax.jit(lambda p, t, c: lm.blueprint.bind(p)(t, cache=c))
+    cache = lm.model.empty_cache(1, g["prompt"].shape[1])
+    got, cache = model(lm.params, g["prompt"][:, :-last], cache)
+    rows = [got]
+    for at in range(-last, 0):
+        got, cache = model(lm.params, g["prompt"][:, at : at + 1 or None], cache)
+        rows.append(got)
+    np.testing.assert_allclose(np.concatenate(rows, axis=1), g["prompt_logits"], atol=1e-4)
+
+
+def test_greedy_continuation_follows_the_largest_logit(name, lm):
+    g = golden(name)
+    (new,) = lm.generate(g["first"][0].tolist(), max_new_tokens=5, temperature=0)
+    row = g["first"][0].tolist()
+    for token in new:
+        assert token == lm.logits(row)[0, -1].argmax()
+        row.append(token)
+
+
+def test_import_then_export_is_the_identity(name, folder, lm, tmp_path):
+    kind, form, config = models.to_hugging_face(lm.blueprint)
+    before = json.loads((folder / "config.json").read_text())
+    assert kind == before["model_type"]
+    hf.export(tmp_path, form, lm.params, config, shard=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    after = {k: v for file in set(index.values()) for k, v in load_file(tmp_path / file).items()}
+    want = load_file(folder / "model.safetensors")
+    assert after.keys() == want.keys()
+    for key in want:
+        np.testing.assert_array_equal(after[key], want[key], err_msg=key)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["architectures"] == before["architectures"]
+    again = jaxlm.load(str(tmp_path))
+    assert again.blueprint.config == lm.blueprint.config
+
+
+def test_weights_that_do_not_fit_are_a_mistake(name, tmp_path):
+    folder = folder_of(name, tmp_path / "a")
+    weights = load_file(folder / "model.safetensors")
+    key = max(weights, key=lambda k: weights[k].size)
+
+    def broken(**change):
+        save_file({k: v for k, v in (weights | change).items() if v is not None}, folder / "model.safetensors")
+        return str(folder)
+
+    with pytest.raises(Mistake, match=f"lack '{key}'"):
+        jaxlm.load(broken(**{key: None}))
+    with pytest.raises(Mistake, match=r"no place for '.*stranger'"):
+        jaxlm.load(broken(stranger=np.ones(3, np.float32)))
+    with pytest.raises(Mistake, match=r"has shape \(3, 5\)"):
+        jaxlm.load(broken(**{key: np.ones((3, 5), np.float32)}))
+
+
+def test_a_file_that_is_cut_off_or_missing_is_a_mistake(tmp_path):
+    folder = folder_of("llama", tmp_path / "a")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Mistake, match=r"model\.safetensors is damaged or cut off"):
+        jaxlm.load(str(folder))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "b.safetensors"}})
+    )
+    with pytest.raises(Mistake, match=r"b\.safetensors is missing"):
+        jaxlm.load(str(folder))
+    (folder / "model.safetensors.index.json").unlink()
+    file.rename(folder / "pytorch_model.bin")
+    with pytest.raises(Mistake, match=r"pytorch_model\.bin is a pickle"):
+        jaxlm.load(str(folder))
+
+
+def test_what_no_family_has_is_a_mistake(tmp_path):
+    with pytest.raises(Mistake, match=r"model_type in config\.json has no 'lama'; did you mean 'llama'"):
+        jaxlm.load(str(folder_of("llama", tmp_path / "a", model_type="lama")))
+    with pytest.raises(Mistake, match="hidden_act='relu'"):
+        jaxlm.load(str(folder_of("llama", tmp_path / "a", hidden_act="relu")))
+    with pytest.raises(Mistake, match="longrope"):
+        jaxlm.load(str(folder_of("llama", tmp_path / "a", rope_parameters=dict(rope_type="longrope", factor=2.0))))
+
+
+def test_a_model_that_transformers_does_not_have_is_not_exported():
+    odd = Blueprint.of(
+        dict(
+            name="llama", layers=2, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=16, bias="qkv", qk_norm=True
+        ),
+        vocab=8,
+    )
+    with pytest.raises(Mistake, match="no model of transformers is this llama: llama has no"):
+        models.to_hugging_face(odd)
+
+
+def test_without_a_tokenizer_text_is_a_mistake(lm):
+    with pytest.raises(Mistake, match="without tokenizer files"):
+        lm.generate("hello")
+    with pytest.raises(Mistake, match="vocabulary has"):
+        lm.generate([[1, 99]])
+
+
+def test_older_files_are_read(tmp_path):
+    """No prefix, the causal mask among the tensors, the tied head once more; rope_theta at the top."""
+    folder = folder_of("gpt2", tmp_path / "a")
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(folder / "model.safetensors").items()}
+    weights |= {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32), "lm_head.weight": weights["wte.weight"]}
+    save_file(weights, folder / "model.safetensors")
+    g = golden("gpt2")
+    np.testing.assert_allclose(jaxlm.load(str(folder)).logits(g["first"]), g["first_logits"], atol=1e-4)
+
+    g = golden("llama-3")
+    rope = dict(json.loads(str(g["config"]))["rope_parameters"])
+    folder = folder_of(
+        "llama-3", tmp_path / "b", rope_parameters=None, rope_theta=rope.pop("rope_theta"), rope_scaling=rope
+    )
+    np.testing.assert_allclose(jaxlm.load(str(folder)).logits(g["prompt"]), g["prompt_logits"], atol=1e-4)
