@@ -178,9 +178,9 @@ class LM:
     def generate(
         self, prompts: str | Sequence[str] | Ids, *, max_new_tokens: int = 128, temperature: float = 1.0,
         top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, num_return_sequences: int = 1, stop: str | Sequence[str] = (), seed: int = 0,
-        beams: int = 1, length_penalty: float = 1.0, early_stopping: str = "best",
-        stream: Callable[[str], object] | None = None, batch: int = 16, first: int = 0,
+        no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, num_return_sequences: int = 1,
+        stop: str | Sequence[str] = (), seed: int = 0, beams: int = 1, length_penalty: float = 1.0,
+        early_stopping: str = "best", stream: Callable[[str], object] | None = None, batch: int = 16, first: int = 0,
     ) -> list[Any]:  # fmt: skip
         """Continue each prompt until eos, a `stop` string, `max_new_tokens` or the context's end: the new texts alone.
 
