@@ -13,7 +13,7 @@ into ours. Read from right to left, it exports. What the model does not have (a 
 Read `restore` first. One tensor is in host memory at a time: it goes to its devices, split as they hold it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 import dataclasses
 import functools
 import itertools
@@ -45,13 +45,14 @@ Tensors = Mapping[str, tuple[str | tuple[str, ...], str]]
 class Format:
     """How one `model_type` of transformers is written: its class, its config and its tensors."""
 
-    architecture: str
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> the keys of our Config
+    architecture: str | Callable[[Any], str]  # the class that loads it, or that class by our Config
+    read: Callable[[Mapping[str, Any], Set[str]], dict[str, Any]]  # config.json, names of tensors -> keys of our Config
     write: Callable[[Any], dict[str, Any]]  # our Config -> config.json
     tensors: Tensors
     prefix: str = ""  # of names in a file; files of the model without its head lack it
     ignored: tuple[str, ...] = ()  # regular expressions: tensors that hold no parameter
     copies: tuple[str, ...] = ()  # names under which a file may hold a tied parameter once more
+    absent: tuple[str, ...] = ()  # single layers' tensors that transformers does not have, and we do not use
 
 
 def is_folder(folder: epath.PathLike) -> bool:
@@ -78,6 +79,17 @@ def ends(folder: epath.PathLike) -> list[int]:
         if path.exists() and (found := _json(path).get("eos_token_id")) is not None:
             return [found] if isinstance(found, int) else list(found)
     return []
+
+
+def names(folder: epath.PathLike) -> Set[str]:
+    """The names of the tensors in a folder."""
+    with _Files(epath.Path(folder)) as files:
+        return set(files.where)
+
+
+def written(form: Format, shapes: Tree) -> Set[str]:
+    """The names of the tensors that the export of such a model has."""
+    return {name for name, *_ in _expand(form, _flat(shapes))}
 
 
 def require(config: Mapping[str, Any], **only: Any) -> None:
@@ -137,7 +149,7 @@ def restore(
     """
     with _Files(epath.Path(folder)) as files:
         names = _rename(files, form)
-        plan = list(_expand(form.tensors, _flat(shapes)))
+        plan = list(_expand(form, _flat(shapes)))
         _check(folder, form, shapes, plan, names)
         places, flat = _flat(axes.shardings(shapes, mesh, rules)), _flat(shapes)
         params: dict[str, jax.Array] = {}
@@ -160,7 +172,9 @@ def export(
     flat = _flat(params)
     groups: list[dict[str, tuple]] = [{}]
     size = total = 0
-    for name, ours, at, pattern in _expand(form.tensors, flat):
+    bare = config["architectures"][0].endswith("Model")  # without its head: names without their prefix
+    for name, ours, at, pattern in _expand(form, flat):
+        name = name.removeprefix(form.prefix) if bare else name
         bytes_ = sum(int(np.prod(flat[path].shape[len(at) :])) for path in ours) * np.dtype(DTYPES[dtype]).itemsize
         if size + bytes_ > shard and groups[-1]:
             groups.append({})
@@ -175,7 +189,7 @@ def export(
         where |= dict.fromkeys(group, file)
     if len(groups) > 1:
         (folder / INDEX).write_text(json.dumps(dict(metadata=dict(total_size=total), weight_map=where), indent=2))
-    (folder / CONFIG).write_text(json.dumps({**config, "architectures": [form.architecture], "dtype": dtype}, indent=2))
+    (folder / CONFIG).write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
 
 class _Files:
@@ -219,26 +233,31 @@ class _Files:
 
 def _rename(files: _Files, form: Format) -> dict[str, str]:
     """The tensors that hold parameters: full name -> name in the file."""
-    full = lambda name: name if name.startswith(form.prefix) else form.prefix + name  # noqa: E731
     patterns = {re.compile(re.sub(r"\\{\w\\}", r"\\d+", re.escape(key))) for key in form.tensors}
+
+    def full(name: str) -> str:
+        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # as early BERTs call them
+        return name if any(p.fullmatch(name) for p in patterns) else form.prefix + name
+
     names = {}
     for name in files.where:
         if any(re.fullmatch(ignored, name) for ignored in form.ignored):
             continue
-        known = name in form.copies or any(p.fullmatch(name) for p in patterns)
-        names[name if known else full(name)] = name
+        names[name if name in form.copies else full(name)] = name
     return names
 
 
-def _expand(tensors: Tensors, flat: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...], str]]:
+def _expand(form: Format, flat: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...], str]]:
     """Each tensor that the model has: its name, our paths, its place on their leading axes, and the pattern."""
-    for key, (ours, pattern) in tensors.items():
+    for key, (ours, pattern) in form.tensors.items():
         ours = (ours,) if isinstance(ours, str) else ours
         if any(path not in flat for path in ours):
             continue
         letters = dict.fromkeys(re.findall(r"\{(\w)\}", key))
         for at in itertools.product(*(range(n) for n in flat[ours[0]].shape[: len(letters)])):
-            yield key.format(**dict(zip(letters, at))), ours, at, pattern
+            name = key.format(**dict(zip(letters, at)))
+            if name not in form.absent:
+                yield name, ours, at, pattern
 
 
 def _check(folder: Any, form: Format, shapes: Tree, plan: list, names: Mapping[str, str]) -> None:
@@ -253,7 +272,7 @@ def _check(folder: Any, form: Format, shapes: Tree, plan: list, names: Mapping[s
         raise Mistake(f"{folder}: the weights lack {missing[0]!r}{more}")
     ours = {path for _, paths, *_ in plan for path in paths}
     if left := sorted(set(_flat(shapes)) - ours):
-        raise AssertionError(f"the HF table of {form.architecture} says nothing of {left}")
+        raise AssertionError(f"the HF table says nothing of {left}")
 
 
 def _sizes(path: str, shape: tuple[int, ...]) -> dict[str, int]:
@@ -288,7 +307,7 @@ def _out_of(flat: Mapping, ours: tuple, at: tuple, pattern: str) -> np.ndarray:
 def _named(pattern: str, sizes: dict[str, int], parts: int) -> dict[str, int]:
     """The sizes of the axes that a pattern names; a word in it counts the parts of a tensor that holds several."""
     words = set(re.findall(r"[A-Za-z]+", pattern))
-    return {word: sizes.get(word, parts) for word in words}
+    return {word: sizes.get(word, parts) for word in words if word in sizes or parts > 1}
 
 
 def _place(

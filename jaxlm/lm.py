@@ -55,7 +55,7 @@ def load(path: str, *, step: str | int = "newest", dtype: str = "auto") -> "LM":
 
 def _load_hugging_face(folder: str, dtype: str) -> "LM":
     config = hf.read_config(folder)
-    section, form = models.of_hugging_face(config)
+    section, form = models.of_hugging_face(folder, config)
     present = any((epath.Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = tokenizers.load(folder) if present else None
     blueprint = Blueprint.of(
@@ -99,6 +99,7 @@ class LM:
         self.model = blueprint.bind(params)
         self._forward = jax.jit(lambda params, tokens_BT, **where: blueprint.bind(params)(tokens_BT, **where)[0])
         self._hidden = jax.jit(lambda params, tokens_BT, **where: blueprint.bind(params).hidden(tokens_BT, **where)[0])
+        self._pooled = jax.jit(lambda params, tokens_BT, **where: _pool(blueprint.bind(params), tokens_BT, **where))
         self._nll = jax.jit(functools.partial(_nll, blueprint))
 
     @property
@@ -123,20 +124,27 @@ class LM:
         most = self.blueprint.config.context
         return min(most, (self.config or {}).get("length", most))
 
-    def logits(self, token_ids: Ids, *, mask: Ids | None = None) -> np.ndarray:
+    def logits(self, token_ids: Ids, *, mask: Ids | None = None, types: Ids | None = None) -> np.ndarray:
         """Logits [B, T, V] in float32 of what follows each of `token_ids`: one row [T], or rows of one length [B, T].
 
         A `mask` of the same shape is 0 where a token is padding, on either side: no other token sees it, positions
-        count without it, and its own logits mean nothing. Raises `Mistake` for rows of different lengths, for ids that
+        count without it, and its own logits mean nothing. `types` are an encoder's token types. An encoder's logits are
+        those of the token itself, as if it were masked. Raises `Mistake` for rows of different lengths, for ids that
         the model does not know, and beyond its context.
         """
-        return self._read(self._forward, token_ids, mask)
+        return self._read(self._forward, token_ids, mask, types)
 
-    def hidden(self, token_ids: Ids, *, mask: Ids | None = None) -> np.ndarray:
+    def hidden(self, token_ids: Ids, *, mask: Ids | None = None, types: Ids | None = None) -> np.ndarray:
         """Final hidden states [B, T, D]; arguments and errors as for `logits`."""
-        return self._read(self._hidden, token_ids, mask)
+        return self._read(self._hidden, token_ids, mask, types)
 
-    def _read(self, forward: Callable, token_ids: Ids, mask: Ids | None) -> np.ndarray:
+    def pooled(self, token_ids: Ids, *, mask: Ids | None = None, types: Ids | None = None) -> np.ndarray:
+        """An encoder's pooled state [B, D] of each row, whose first token is no padding; else as `hidden`."""
+        if self.blueprint.kind != "encoder":
+            raise Mistake(f"{self.blueprint.name} is no encoder, so it has no pooled state")
+        return self._read(self._pooled, token_ids, mask, types)
+
+    def _read(self, forward: Callable, token_ids: Ids, mask: Ids | None, types: Ids | None) -> np.ndarray:
         tokens_BT = _whole(token_ids, "token ids")
         length, context, vocab = tokens_BT.shape[1], self.blueprint.config.context, self.blueprint.config.vocab
         if tokens_BT.min() < 0 or tokens_BT.max() >= vocab:
@@ -145,12 +153,15 @@ class LM:
             raise Mistake(f"{length:,} tokens, but the model reads {context:,}")
         where = {}
         padding = ((0, 0), (0, bucket(length, 16, context) - length))  # on the right, where no causal model looks
+        if mask is None and self.blueprint.kind != "decoder":
+            mask = np.ones_like(tokens_BT)
         if mask is not None:
-            real_BT = _whole(mask, "a mask")
-            if real_BT.shape != tokens_BT.shape or not np.isin(real_BT, (0, 1)).all():
-                raise Mistake(f"a mask is 0 or 1 for each of {tokens_BT.shape} tokens; this one has {real_BT.shape}")
-            where["segments_BT"] = np.pad(real_BT, padding)
-        return np.asarray(forward(self.params, np.pad(tokens_BT, padding), **where))[:, :length]
+            where["segments_BT"] = np.pad(_like(tokens_BT, mask, "a mask is 0 or 1", 2), padding)
+        if types is not None:
+            known = getattr(self.blueprint.config, "types", 0)
+            where["types_BT"] = np.pad(_like(tokens_BT, types, f"token types are below {known}", known), padding)
+        out = np.asarray(forward(self.params, np.pad(tokens_BT, padding), **where))
+        return out[:, :length] if out.ndim == 3 else out
 
     def nll(self, rows: np.ndarray) -> np.ndarray:
         """Negative log-likelihood in nats [B, T] of tokens 1.. of rows [B, T + 1], each given those before it."""
@@ -190,6 +201,8 @@ class LM:
         `first`: neither on the others nor on `batch`. Prompts of token ids are continued by token ids. Raises `Mistake`
         for a prompt that does not fit the context, and for an empty one where the tokenizer has no bos.
         """
+        if self.blueprint.kind == "encoder":
+            raise Mistake(f"{self.blueprint.name} is an encoder: it fills gaps (lm.logits) but continues nothing")
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens)
         stop = [stop] if isinstance(stop, str) else list(stop)
         alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int))
@@ -262,6 +275,18 @@ def _whole(ids: Ids, what: str) -> np.ndarray:
     if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
         raise Mistake(f"{what}: whole numbers, one at least, in one row or in rows of one length")
     return array.astype(np.int32)
+
+
+def _like(tokens_BT: np.ndarray, values: Ids, rule: str, below: int) -> np.ndarray:
+    """Whole numbers, one for each token."""
+    array = _whole(values, rule)
+    if array.shape != tokens_BT.shape or array.min() < 0 or array.max() >= below:
+        raise Mistake(f"{rule}, one for each of {tokens_BT.shape} tokens; this has {array.shape} up to {array.max()}")
+    return array
+
+
+def _pool(model: Any, tokens_BT: jax.Array, **where: Any) -> jax.Array:
+    return model.pool(model.hidden(tokens_BT, **where)[0])
 
 
 def _nll(blueprint: Blueprint, params: Tree, rows: jax.Array) -> jax.Array:

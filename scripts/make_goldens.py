@@ -7,6 +7,7 @@ what it answers in float32: to a prompt of 310 tokens, and to two short rows alo
 transformers answers the same, which is checked here.
 """
 
+import inspect
 import json
 from pathlib import Path
 import sys
@@ -48,6 +49,21 @@ def decoders() -> dict:
     }
 
 
+def encoders() -> dict:
+    """Every variant of an encoder."""
+    ids = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2)
+    roberta = tf.RobertaConfig(**SIZES | dict(max_position_embeddings=514), **ids, type_vocab_size=1)
+    sizes = dict(vocab_size=V, dim=32, n_layers=3, n_heads=4, hidden_dim=48)
+    modern = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=40)
+    return {
+        "bert": (tf.BertForPreTraining, tf.BertConfig(**SIZES)),
+        "bert-model": (tf.BertModel, tf.BertConfig(**SIZES)),
+        "roberta": (tf.RobertaForMaskedLM, roberta),
+        "distilbert": (tf.DistilBertForMaskedLM, tf.DistilBertConfig(**sizes)),
+        "modernbert": (tf.ModernBertForMaskedLM, tf.ModernBertConfig(**SIZES | dict(num_hidden_layers=5), **modern)),
+    }
+
+
 def build(cls: type, config: tf.PretrainedConfig) -> torch.nn.Module:
     """The model with weights so large that every part of it matters, each a float16 value."""
     torch.manual_seed(0)
@@ -83,10 +99,50 @@ def ask_decoder(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: x.numpy() for name, x in out.items()}
 
 
+def ask_encoder(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Hidden states, and what heads there are, of the long prompt and two short rows; padded, they are the same."""
+    rng = np.random.default_rng(0)
+    body = getattr(model, model.base_model_prefix, model)
+    takes = inspect.signature(body.forward).parameters
+    typed = "token_type_ids" in takes and model.config.type_vocab_size > 1
+
+    def ask(tokens, mask, types):
+        more = dict(token_type_ids=types) if typed else {}
+        if "position_ids" in takes and model.config.model_type != "roberta":  # it counts by itself
+            more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = body(tokens, attention_mask=mask, **more)
+        found = dict(hidden=hidden.last_hidden_state)
+        if getattr(hidden, "pooler_output", None) is not None:
+            found["pooled"] = hidden.pooler_output
+        if body is not model:
+            answer = model(tokens, attention_mask=mask, **more)
+            found["logits"] = answer.prediction_logits if "prediction_logits" in answer else answer.logits
+            if "seq_relationship_logits" in answer:
+                found["next"] = answer.seq_relationship_logits
+        return found
+
+    out = {}
+    with torch.no_grad():
+        for name, length in (("prompt", LONG), ("first", 9), ("second", 5)):
+            tokens = torch.tensor(rng.integers(3, V, (1, length)))
+            types = (torch.arange(length)[None] >= length // 2).long()
+            out |= {name: tokens, **({f"{name}_types": types} if typed else {})}
+            out |= {f"{name}_{key}": x for key, x in ask(tokens, torch.ones_like(tokens), types).items()}
+        pad = torch.full((1, 4), model.config.pad_token_id)
+        none, real = torch.zeros_like(pad), torch.ones_like(tokens)
+        join = lambda side, pad, x: torch.cat([pad, x] if side == "left" else [x, pad], 1)  # noqa: E731
+        counts = "position_ids" in takes or model.config.model_type == "roberta"
+        for side in ["left", "right"] if counts else ["right"]:
+            mask = join(side, none, real)
+            got = ask(join(side, pad, tokens), mask, join(side, none, types))["hidden"][mask.bool()]
+            torch.testing.assert_close(got, out["second_hidden"][0], atol=2e-5, rtol=0)
+    return {name: x.numpy() for name, x in out.items()}
+
+
 def main(wanted: list[str]) -> None:
     folder = Path(__file__).parent.parent / "tests" / "goldens"
     folder.mkdir(exist_ok=True)
-    makers = [(decoders(), ask_decoder)]
+    makers = [(decoders(), ask_decoder), (encoders(), ask_encoder)]
     for variants, ask in makers:
         for name, (cls, config) in variants.items():
             if wanted and name not in wanted:

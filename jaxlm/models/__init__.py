@@ -58,6 +58,11 @@ class Blueprint:
         return nnx.merge(self.graph, params)
 
     @property
+    def kind(self) -> str:
+        """What the family reads and writes: decoder, encoder or encoder-decoder."""
+        return lookup.module("jaxlm.models", self.name).KIND
+
+    @property
     def size(self) -> int:
         """Number of parameters."""
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.shapes))
@@ -73,8 +78,9 @@ class Blueprint:
         return 6 * active + 12 * self.config.layers * self.config.heads * self.config.head_width * length
 
 
-def of_hugging_face(config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Format]:
-    """From a Hugging Face config.json: `config.model` for the family that has its `model_type`, and how it is written.
+def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Format]:
+    """From a Hugging Face folder and its config.json: `config.model` of the family with its `model_type`, and how that
+    is written.
 
     Raises `Mistake` for a model_type of no family, and for settings that the family does not have.
     """
@@ -83,7 +89,7 @@ def of_hugging_face(config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Forma
     for name in lookup.names(__name__):
         forms |= {k: (name, form) for k, form in getattr(lookup.module(__name__, name), "HF", {}).items()}
     name, form = lookup.key("model_type in config.json", kind, forms)
-    return {"name": name, "vocab": config["vocab_size"], **form.read(config)}, form
+    return {"name": name, "vocab": config["vocab_size"], **form.read(config, hf.names(folder))}, form
 
 
 def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any]]:
@@ -94,8 +100,11 @@ def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any
     reasons = []
     for kind, form in getattr(lookup.module(__name__, blueprint.name), "HF", {}).items():
         try:
-            config = {"model_type": kind, "vocab_size": blueprint.config.vocab, **form.write(blueprint.config)}
-            again = lookup.spend("config.json", type(blueprint.config), form.read(config), vocab=blueprint.config.vocab)
+            cls = form.architecture if isinstance(form.architecture, str) else form.architecture(blueprint.config)
+            config = {"model_type": kind, "architectures": [cls], "vocab_size": blueprint.config.vocab}
+            config |= form.write(blueprint.config)
+            found = form.read(config, hf.written(form, blueprint.shapes))
+            again = lookup.spend("config.json", type(blueprint.config), found, vocab=blueprint.config.vocab)
         except lookup.Mistake as e:
             reasons.append(f"{kind}: {e}")
             continue

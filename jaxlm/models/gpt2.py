@@ -4,7 +4,7 @@
 Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 import dataclasses
 import functools
 from typing import Any
@@ -25,6 +25,8 @@ from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import MLP
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import scan, stacked
+
+KIND = "decoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Model(nnx.Module):
         return Cache.empty(c.layers, batch, c.heads, slots, c.head_width, jnp.dtype(c.dtype))
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, activation_function="gelu_new", scale_attn_weights=True, tie_word_embeddings=True)
     hf.require(config, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return dict(

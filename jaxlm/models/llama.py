@@ -6,7 +6,7 @@ arXiv:2505.09388) and SmolLM differ in settings alone.
 Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 import dataclasses
 import functools
 from typing import Any
@@ -26,6 +26,8 @@ from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import GatedMLP
 from jaxlm.nn.norms import HeadNorm, RMSNorm
 from jaxlm.nn.stack import scan, stacked
+
+KIND = "decoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Model(nnx.Module):
         return Cache.empty(c.layers, batch, c.kv_heads, slots, c.head_width, jnp.dtype(c.dtype))
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, hidden_act="silu", mlp_bias=False)
     kind, heads = config["model_type"], config["num_attention_heads"]
     window = config.get("sliding_window") if kind != "llama" and config.get("use_sliding_window", True) else None

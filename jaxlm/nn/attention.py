@@ -20,20 +20,48 @@ from jaxlm.axes import shaped
 from jaxlm.nn import positions, splash
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import dense, normal, zeros
-from jaxlm.nn.mask import Mask, visible
+from jaxlm.nn.mask import Mask, ahead, visible
+
+Bias = Callable[[jax.Array], jax.Array]  # from how far a query is ahead of a key [B or 1, T, S] to scores [.., N, T, S]
 
 HIDDEN = -1e30  # a score that is masked: finite, so that a row with nothing to see stays finite
 
 
-def xla(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> jax.Array:
+def xla(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, cap: float | None = None,
+    bias: Bias | None = None,
+) -> jax.Array:  # fmt: skip
     """Softmax(q k / sqrt(H)) v with the scores in memory (arXiv:1706.03762, eq. 1), but for blocks that nobody sees."""
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     spans = _spans(mask, T, S)
+    if cap is not None or bias is not None:
+        blocks = [
+            _block(q_BNTH[:, :, first:last], k_BKSH[:, :, low:high], v_BKSH[:, :, low:high], mask, cap, bias,
+                   jnp.arange(first, last), jnp.arange(low, high))
+            for first, last, low, high in spans
+        ]  # fmt: skip
+        return jnp.concatenate(blocks, axis=2)
     hides = [
         jnp.where(visible(mask, jnp.arange(first, last), jnp.arange(low, high)), 0.0, HIDDEN)
         for first, last, low, high in spans
     ]
     return _attend_in_spans(q_BNTH, k_BKSH, v_BKSH, hides, spans)
+
+
+def _block(q, k, v, mask: Mask, cap: float | None, bias: Bias | None, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Attention of the queries in these slots over the keys in those, to be differentiated by JAX."""
+    B, N, t, H = q.shape
+    K, s = k.shape[1:3]
+    score = jnp.einsum(
+        "bkth,bksh->bkts", (q * H**-0.5).reshape(B, K, -1, H), k, preferred_element_type=jnp.float32
+    ).reshape(B, N, t, s)
+    if cap is not None:
+        score = cap * jnp.tanh(score / cap)
+    if bias is not None:
+        score = score + bias(ahead(mask, queries, keys))
+    score = score + jnp.where(visible(mask, queries, keys), 0.0, HIDDEN)[:, None]
+    prob = jax.nn.softmax(score, axis=-1).astype(v.dtype).reshape(B, K, -1, s)
+    return jnp.einsum("bkts,bksh->bkth", prob, v).reshape(B, N, t, H)
 
 
 Spans = tuple[tuple[int, int, int, int], ...]
@@ -104,12 +132,14 @@ def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(f"b{left},b{right}->b{out}", a, b, preferred_element_type=jnp.float32)
 
 
-def chunked(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, chunk: int = 256) -> jax.Array:
+def chunked(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, cap: float | None = None,
+    bias: Bias | None = None, chunk: int = 256,
+) -> jax.Array:  # fmt: skip
     """The same with memory linear in T: one block of queries at a time, computed again in the backward pass
     (arXiv:2112.05682).
     """
     B, N, T, H = q_BNTH.shape
-    K, S = k_BKSH.shape[1:3]
     chunk = min(chunk, T)
     blocks = -(-T // chunk)
     q = jnp.pad(q_BNTH, ((0, 0), (0, 0), (0, blocks * chunk - T), (0, 0)))
@@ -118,12 +148,7 @@ def chunked(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask,
     def block(_, xs):
         q_BNtH, start = xs
         at = jnp.minimum(start + jnp.arange(chunk), T - 1)  # padded queries repeat the last one, and are cut off below
-        hide = jnp.where(visible(mask, at, jnp.arange(S)), 0.0, HIDDEN)
-        q = (q_BNtH * H**-0.5).reshape(B, K, N // K * chunk, H)
-        score = jnp.einsum("bkth,bksh->bkts", q, k_BKSH, preferred_element_type=jnp.float32)
-        score = (score.reshape(B, N, chunk, S) + hide[:, None]).reshape(B, K, -1, S)
-        prob = jax.nn.softmax(score, axis=-1).astype(v_BKSH.dtype)
-        return None, jnp.einsum("bkts,bksh->bkth", prob, v_BKSH).reshape(B, N, chunk, H)
+        return None, _block(q_BNtH, k_BKSH, v_BKSH, mask, cap, bias, at, jnp.arange(k_BKSH.shape[2]))
 
     q = q.reshape(B, N, blocks, chunk, H).transpose(2, 0, 1, 3, 4)
     out = jax.lax.scan(block, None, (q, jnp.arange(blocks) * chunk))[1]
@@ -133,39 +158,49 @@ def chunked(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask,
 BACKENDS: dict[str, Callable] = {"xla": xla, "chunked": chunked, "splash": splash.attend}
 
 
-def choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask) -> str:
+def choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, plain: bool = True) -> str:
     """What `auto` means here: the TPU kernel where it applies, else `xla` up to 1,024 keys (or one query), else
-    `chunked`.
+    `chunked`. Scores that are capped or biased are not `plain`.
     """
-    if axes.platform() == "tpu" and splash.refuses(q_shape, k_shape, mask) is None:
+    if plain and axes.platform() == "tpu" and splash.refuses(q_shape, k_shape, mask) is None:
         return "splash"
     return "xla" if k_shape[2] <= 1024 or q_shape[2] == 1 else "chunked"
 
 
 @shaped
-def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, backend: str = "auto") -> jax.Array:
+def attend(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, backend: str = "auto",
+    cap: float | None = None, bias: Bias | None = None,
+) -> jax.Array:  # fmt: skip
     """Attention of N query heads over K key/value heads, softmax in float32: [B, N, T, H] in v's dtype.
 
-    Raises `Mistake` for an unknown backend, or one that cannot honour the mask or the shape.
+    `cap` bends scores to cap tanh(score / cap); `bias` adds to them by distance. Raises `Mistake` for an unknown
+    backend, or one that cannot honour the mask, the shape or what is done to the scores.
     """
+    plain = cap is None and bias is None
     if backend == "auto":
-        backend = choose(q_BNTH.shape, k_BKSH.shape, mask)
-    return lookup.key("config.model.attention", backend, BACKENDS)(q_BNTH, k_BKSH, v_BKSH, mask)
+        backend = choose(q_BNTH.shape, k_BKSH.shape, mask, plain)
+    if not plain and backend == "splash":
+        raise lookup.Mistake("attention backend 'splash' neither caps nor biases scores; choose 'xla' or 'chunked'")
+    compute = lookup.key("config.model.attention", backend, BACKENDS)
+    return compute(q_BNTH, k_BKSH, v_BKSH, mask) if plain else compute(q_BNTH, k_BKSH, v_BKSH, mask, cap, bias)
 
 
 class Attention(nnx.Module):
     """Projections around `attend`: grouped queries (arXiv:2305.13245), optionally rotary positions, biases (of the
-    output too, unless `out_bias` says otherwise) and norms of queries and keys.
+    output too, unless `out_bias` says otherwise), norms of queries and keys, and scores scaled otherwise than by
+    H ** -0.5, capped or biased.
     """
 
     def __init__(
         self, width: int, heads: int, kv_heads: int, head_width: int, *, bias: bool = False,
-        out_bias: bool | None = None, qk_norm: Callable[[int], nnx.Module] | None = None, backend: str = "auto",
-        std: float, out_std: float, rngs: nnx.Rngs,
+        out_bias: bool | None = None, qk_norm: Callable[[int], nnx.Module] | None = None, scale: float | None = None,
+        cap: float | None = None, backend: str = "auto", std: float, out_std: float, q_std: float | None = None,
+        rngs: nnx.Rngs,
     ):  # fmt: skip
         if heads % kv_heads:
             raise lookup.Mistake(f"config.model: heads={heads} is no multiple of kv_heads={kv_heads}")
-        self.wq_DNH = normal(rngs, width, heads, head_width, std=std)
+        self.wq_DNH = normal(rngs, width, heads, head_width, std=q_std or std)
         self.wk_DKH = normal(rngs, width, kv_heads, head_width, std=std)
         self.wv_DKH = normal(rngs, width, kv_heads, head_width, std=std)
         self.wo_NHD = normal(rngs, heads, head_width, width, std=out_std)
@@ -175,29 +210,45 @@ class Attention(nnx.Module):
         self.bias_D = zeros(width) if (bias if out_bias is None else out_bias) else None
         self.q_norm = qk_norm and qk_norm(head_width)
         self.k_norm = qk_norm and qk_norm(head_width)
-        self.backend = backend
+        self.rescale = None if scale is None else scale * head_width**0.5  # `attend` itself divides by sqrt(H)
+        self.cap, self.backend = cap, backend
 
     @shaped
     def __call__(
         self, x_BTD: jax.Array, mask: Mask, angles: tuple[jax.Array, jax.Array] | None = None,
-        cache: Cache | None = None, layer: jax.Array | None = None,
+        cache: Cache | None = None, layer: jax.Array | None = None, bias: Bias | None = None,
     ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
         """Attend among x, or over the cache of `layer` after writing x's keys and values to it."""
-        q_BNTH = dense(x_BTD, self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
-        k_BKTH = dense(x_BTD, self.wk_DKH, self.bias_k_KH).transpose(0, 2, 1, 3)
-        v_BKTH = dense(x_BTD, self.wv_DKH, self.bias_v_KH).transpose(0, 2, 1, 3)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
+        q_BNTH = self._queries(x_BTD)
+        k_BKTH, v_BKTH = self.keys_values(x_BTD)
         if angles is not None:
             q_BNTH, k_BKTH = positions.rotate(q_BNTH, angles), positions.rotate(k_BKTH, angles)
-        q_BNTH, k_BKSH, v_BKSH = (
-            axes.constrain(q_BNTH, "BNTH"),
-            axes.constrain(k_BKTH, "BKTH"),
-            axes.constrain(v_BKTH, "BKTH"),
-        )
+        k_BKSH, v_BKSH = axes.constrain(k_BKTH, "BKTH"), axes.constrain(v_BKTH, "BKTH")
         if cache is not None and layer is not None:
             cache = cache.write(layer, k_BKTH, v_BKTH)
             k_BKSH, v_BKSH = cache.read(layer)
             mask = dataclasses.replace(mask, offset_B=cache.lengths_B)
-        out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend)
-        return dense(out_BNTH.transpose(0, 2, 1, 3).astype(x_BTD.dtype), self.wo_NHD, self.bias_D, axes=2), cache
+        return self._out(x_BTD, q_BNTH, k_BKSH, v_BKSH, mask, bias), cache
+
+    @shaped
+    def over(self, x_BTD: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> jax.Array:
+        """Attend over the `keys_values` of other tokens: an encoder's."""
+        return self._out(x_BTD, self._queries(x_BTD), k_BKSH, v_BKSH, mask, None)
+
+    @shaped
+    def keys_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, K, T, H] of these tokens."""
+        k_BKTH = dense(x_BTD, self.wk_DKH, self.bias_k_KH).transpose(0, 2, 1, 3)
+        v_BKTH = dense(x_BTD, self.wv_DKH, self.bias_v_KH).transpose(0, 2, 1, 3)
+        return (k_BKTH if self.k_norm is None else self.k_norm(k_BKTH)), v_BKTH
+
+    def _queries(self, x_BTD: jax.Array) -> jax.Array:
+        q_BNTH = dense(x_BTD, self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
+        if self.q_norm is not None:
+            q_BNTH = self.q_norm(q_BNTH)
+        return q_BNTH if self.rescale is None else q_BNTH * self.rescale
+
+    def _out(self, x_BTD, q_BNTH, k_BKSH, v_BKSH, mask: Mask, bias: Bias | None) -> jax.Array:
+        q_BNTH = axes.constrain(q_BNTH, "BNTH")
+        out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend, self.cap, bias)
+        return dense(out_BNTH.transpose(0, 2, 1, 3).astype(x_BTD.dtype), self.wo_NHD, self.bias_D, axes=2)

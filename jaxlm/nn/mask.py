@@ -18,26 +18,35 @@ class Mask:
     """Who may look at whom. Query t stands at slot `offset + t` of the keys; all conditions must hold.
 
     causal: a query sees keys at its own slot and before; window: at most that many keys, its own included;
-    segments_BT: only keys of its own segment (queries and keys are the same tokens then);
+    segments_BT: only keys of its own segment; keys_BS: the segments of keys that are other tokens than the queries;
     offset_B: the slot of each row's first query, for queries that continue a cache (0 otherwise).
     """
 
     causal: bool = dataclasses.field(default=True, metadata=dict(static=True))
     window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     segments_BT: jax.Array | None = None
+    keys_BS: jax.Array | None = None
     offset_B: jax.Array | None = None
+
+
+def ahead(mask: Mask, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """How many slots query t (of the given range [T]) is ahead of key s (of [S]): [B or 1, T, S]."""
+    at = queries[None, :, None] if mask.offset_B is None else mask.offset_B[:, None, None] + queries[None, :, None]
+    return at - keys[None, None, :]
 
 
 def visible(mask: Mask, queries: jax.Array, keys: jax.Array) -> jax.Array:
     """Whether query slot t (of the given range [T]) sees key slot s (of [S]): booleans [B or 1, T, S]."""
-    at = queries[None, :, None] if mask.offset_B is None else mask.offset_B[:, None, None] + queries[None, :, None]
-    ahead = at - keys[None, None, :]
-    see = jnp.ones_like(ahead, bool)
+    before = ahead(mask, queries, keys)
+    see = jnp.ones_like(before, bool)
     if mask.causal:
-        see &= ahead >= 0
+        see &= before >= 0
     if mask.window is not None:
-        see &= ahead < mask.window
-        see &= True if mask.causal else ahead > -mask.window
+        see &= before < mask.window
+        see &= True if mask.causal else before > -mask.window
     if mask.segments_BT is not None:
-        see = see & (mask.segments_BT[:, queries, None] == mask.segments_BT[:, None, keys])
+        others_BS = mask.segments_BT if mask.keys_BS is None else mask.keys_BS
+        see = see & (mask.segments_BT[:, queries, None] == others_BS[:, None, keys])
+    elif mask.keys_BS is not None:
+        see = see & (mask.keys_BS[:, None, keys] > 0)
     return see

@@ -6,6 +6,7 @@ restart(segments [1 1 1 2 2 0])  ->  [0 1 2 0 1 0]
 import dataclasses
 import math
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from jaxlm import lookup
 from jaxlm.axes import shaped
 from jaxlm.nn.cache import Cache
+from jaxlm.nn.linear import normal
 
 
 @shaped
@@ -29,6 +31,28 @@ def of(tokens_BT: jax.Array, segments_BT: jax.Array | None = None, cache: Cache 
         return restart(segments_BT)
     index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     return index_BT if cache is None else cache.lengths_B[:, None] + index_BT
+
+
+class RelativeBias(nnx.Module):
+    """What a head adds to the score of a key by its distance, in buckets that widen (arXiv:1910.10683, section 2.1).
+
+    Half the buckets are for single distances, the others grow up to `furthest`; bidirectional, each side has half.
+    """
+
+    def __init__(self, buckets: int, heads: int, furthest: int, *, causal: bool, std: float, rngs: nnx.Rngs):
+        self.table_CN = normal(rngs, buckets, heads, std=std)
+        self.buckets, self.furthest, self.causal = buckets, furthest, causal
+
+    def __call__(self, ahead: jax.Array) -> jax.Array:
+        """Scores [B or 1, N, T, S] for queries that are so far ahead of keys [B or 1, T, S]."""
+        buckets = self.buckets if self.causal else self.buckets // 2
+        side = 0 if self.causal else jnp.where(ahead < 0, buckets, 0)
+        far = jnp.maximum(ahead, 0) if self.causal else jnp.abs(ahead)
+        exact = buckets // 2
+        grown = jnp.log(jnp.maximum(far, 1).astype(jnp.float32) / exact) / math.log(self.furthest / exact)
+        wide = jnp.minimum(exact + (grown * (buckets - exact)).astype(jnp.int32), buckets - 1)
+        bucket = side + jnp.where(far < exact, far, wide)
+        return jnp.moveaxis(self.table_CN[...][bucket], -1, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,8 @@ LANES = 128  # the kernel's blocks are multiples of the TPU's vector width
 
 def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask) -> str | None:
     """Why the kernel cannot serve these [B, N, T, H] queries and [B, K, S, H] keys; None when it can."""
-    if mask.offset_B is not None or q_shape[2] != k_shape[2]:
-        return "queries must be as many as keys, and begin where they begin (no cache)"
-    if not mask.causal and (mask.window is not None or q_shape[2] % LANES):
-        return f"without a causal mask it takes no window, and lengths that are multiples of {LANES}"
+    if mask.offset_B is not None or mask.keys_BS is not None or q_shape[2] != k_shape[2]:
+        return "queries must be the tokens that the keys are, and begin where they begin (no cache)"
     return None
 
 
@@ -37,9 +35,9 @@ def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) 
         raise lookup.Mistake(f"attention backend 'splash': {reason}; choose 'xla' or 'chunked'")
     B, _, T, H = q_BNTH.shape
     segments_BT = mask.segments_BT if mask.segments_BT is not None else jnp.ones((B, T), jnp.int32)
-    pad = -T % LANES  # causal: real queries never see the padding behind them
+    pad = -T % LANES
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q_BNTH * H**-0.5, k_BKSH, v_BKSH))
-    segments = jnp.pad(segments_BT.astype(jnp.int32), ((0, 0), (0, pad)))
+    segments = jnp.pad(segments_BT.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)  # nobody's
 
     def local(q, k, v, segments):
         attention = _kernel(q.shape[1], T + pad, mask.causal, mask.window, axes.platform() != "tpu")
@@ -59,7 +57,7 @@ def _kernel(heads: int, length: int, causal: bool, window: int | None, interpret
     """The compiled-in part: mask and block sizes for `heads` local heads."""
     shape = (length, length)
     if window is not None:
-        mask = masks.LocalMask(shape, (window - 1, 0), 0)
+        mask = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
     else:
         mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     block = math.gcd(length, 512)
