@@ -294,15 +294,15 @@ def _nll(blueprint: Blueprint, params: Tree, rows: jax.Array) -> jax.Array:
     model = blueprint.bind(params)
     x_BTD, _ = model.hidden(rows[:, :-1])
     B, T, D = x_BTD.shape
-    head_VD = model.head_VD.astype(x_BTD.dtype)
+    head = model.head._replace(table_VD=model.head.table_VD.astype(x_BTD.dtype))
 
     def one(token):
         x_D, label = token
-        logits_V = (head_VD @ x_D).astype(jnp.float32)
+        logits_V = head(x_D[None, None])[0, 0]
         return jax.nn.logsumexp(logits_V) - logits_V[label]
 
     tokens = x_BTD.reshape(B * T, D), rows[:, 1:].reshape(B * T)
-    return jax.lax.map(one, tokens, batch_size=max(1, min(B * T, LOGITS_AT_ONCE // len(head_VD)))).reshape(B, T)
+    return jax.lax.map(one, tokens, batch_size=max(1, min(B * T, LOGITS_AT_ONCE // len(head.table_VD)))).reshape(B, T)
 
 
 class Row:

@@ -98,6 +98,7 @@ def loss(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     """What the compiler sets aside for the loss and gradients at GPT-2's vocabulary, 8 x 1,024 tokens, width 768."""
     import jax
 
+    from jaxlm.nn.linear import Head
     from jaxlm.nn.loss import cross_entropy
 
     B, T, D, V = 8, 1024, 768, 50257
@@ -106,7 +107,9 @@ def loss(a: argparse.Namespace, variant: str) -> dict[str, Any]:
         for s, t in (((B, T, D), "float32"), ((V, D), "float32"), ((B, T), "int32"), ((B, T), "float32"))
     ]
     chunk = None if variant == "auto" else int(variant)
-    gradient = jax.jit(jax.value_and_grad(lambda *xs: cross_entropy(*xs, chunk=chunk).loss, argnums=(0, 1)))
+    gradient = jax.jit(
+        jax.value_and_grad(lambda x, table, *xs: cross_entropy(x, Head(table), *xs, chunk=chunk).loss, argnums=(0, 1))
+    )
     memory = gradient.lower(*shapes).compile().memory_analysis()
     assert memory is not None
     return dict(tokens=B * T, vocab=V, chunk=variant, temporary_mb=round(memory.temp_size_in_bytes / 2**20))

@@ -36,6 +36,12 @@ def decoders() -> dict:
     llama = lambda **more: (tf.LlamaForCausalLM, tf.LlamaConfig(**SIZES, **KV, **more))  # noqa: E731
     qwen2 = tf.Qwen2Config(**SIZES, **KV, tie_word_embeddings=True)
     windows = dict(use_sliding_window=True, sliding_window=50, max_window_layers=1)
+    gemma = dict(head_dim=16, sliding_window=30, query_pre_attn_scalar=24)
+    rope = dict(
+        full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+        sliding_attention=dict(rope_type="default", rope_theta=1e4),
+    )  # fmt: skip
+    gemma3 = dict(gemma, rope_parameters=rope)
     return {
         "gpt2": (tf.GPT2LMHeadModel, gpt2),
         "llama": llama(),
@@ -45,6 +51,8 @@ def decoders() -> dict:
         "mistral": (tf.MistralForCausalLM, tf.MistralConfig(**SIZES, **KV, sliding_window=37)),
         "qwen2": (tf.Qwen2ForCausalLM, qwen2),
         "qwen2-window": (tf.Qwen2ForCausalLM, tf.Qwen2Config(**SIZES, **KV, **windows)),
+        "gemma2": (tf.Gemma2ForCausalLM, tf.Gemma2Config(**SIZES, **KV, **gemma)),
+        "gemma3": (tf.Gemma3ForCausalLM, tf.Gemma3TextConfig(**SIZES | dict(num_hidden_layers=7), **KV, **gemma3)),
         "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config(**SIZES, **KV, head_dim=16)),
     }
 

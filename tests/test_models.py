@@ -136,6 +136,17 @@ def test_padding_changes_nothing(name, params, tokens_BT):
     )
 
 
+@decoders
+def test_the_loss_is_that_of_the_logits(name, params, tokens_BT):
+    """What is trained and scored chunk by chunk, without the logits, has whatever the family does to them."""
+    segments_BT = jnp.ones_like(tokens_BT)
+    batch = {"tokens": tokens_BT, "labels": tokens_BT[:, ::-1], "weights": jnp.ones((2, T)), "segments": segments_BT}
+    logits_BTV = logits_of(name, params, tokens_BT, segments_BT=segments_BT)
+    want = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["labels"][..., None], -1).sum()
+    model = blueprint(name)
+    assert jax.jit(lambda p: objective(model.bind(p), batch))(params) == pytest.approx(float(want), rel=1e-5)
+
+
 def test_it_overfits_one_batch(name):
     import optax
 
@@ -152,7 +163,7 @@ def test_it_overfits_one_batch(name):
 
     params = model.init(0)
     opt, first = tx.init(params), None
-    for _ in range(60):
+    for _ in range(120):
         params, opt, mean = update(params, opt)
         first = mean if first is None else first
     assert first == pytest.approx(np.log(V), rel=0.1), "a fresh model guesses uniformly"

@@ -20,7 +20,7 @@ from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
 from jaxlm.nn import positions
 from jaxlm.nn.attention import Attention
-from jaxlm.nn.linear import dense, dropout, embed, logits, normal, zeros
+from jaxlm.nn.linear import Head, dense, dropout, embed, normal, zeros
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import MLP, GatedMLP
 from jaxlm.nn.norms import LayerNorm
@@ -146,8 +146,8 @@ class Model(nnx.Module):
         self.next_C = zeros(2) if c.next else None
 
     @property
-    def head_VD(self) -> jax.Array:
-        return self.embed_VD[...]
+    def head(self) -> Head:
+        return Head(self.embed_VD[...], None if self.bias_V is None else self.bias_V[...])
 
     @shaped
     def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, types_BT=None, key=None):
@@ -181,11 +181,14 @@ class Model(nnx.Module):
     @shaped
     def __call__(self, tokens_BT, **where):
         """Logits [B, T, V] of each token as if it were masked, in float32, and None; `where` as in `hidden`."""
-        if self.transform is None or self.transform_norm is None or self.bias_V is None:
+        return self.head(self.for_head(self.hidden(tokens_BT, **where)[0])), None
+
+    @shaped
+    def for_head(self, x_BTD):
+        """What the head for masked tokens reads: hidden states through a layer and a norm of their own."""
+        if self.transform is None or self.transform_norm is None:
             raise Mistake("this model has no head for masked tokens (config.model.masked=False)")
-        x_BTD, _ = self.hidden(tokens_BT, **where)
-        x_BTD = self.transform_norm(GELU(self.transform(x_BTD)), x_BTD.dtype)
-        return logits(x_BTD, self.head_VD) + self.bias_V[...][None, None], None
+        return self.transform_norm(GELU(self.transform(x_BTD)), x_BTD.dtype)
 
     @shaped
     def pool(self, x_BTD):

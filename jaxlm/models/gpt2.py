@@ -20,7 +20,7 @@ from jaxlm.lookup import Mistake
 from jaxlm.nn import positions
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import dropout, embed, logits, normal
+from jaxlm.nn.linear import Head, dropout, embed, normal
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import MLP
 from jaxlm.nn.norms import LayerNorm
@@ -86,8 +86,8 @@ class Model(nnx.Module):
         self.norm = LayerNorm(c.width, c.norm_eps)
 
     @property
-    def head_VD(self) -> jax.Array:
-        return self.embed_VD[...]
+    def head(self) -> Head:
+        return Head(self.embed_VD[...])
 
     @shaped
     def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
@@ -112,7 +112,7 @@ class Model(nnx.Module):
     def __call__(self, tokens_BT, **where):
         """Logits [B, T, V] in float32, and the cache."""
         x_BTD, cache = self.hidden(tokens_BT, **where)
-        return logits(x_BTD, self.head_VD), cache
+        return self.head(x_BTD), cache
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         c = self.config

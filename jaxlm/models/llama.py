@@ -21,7 +21,7 @@ from jaxlm.axes import shaped
 from jaxlm.nn import positions
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import dropout, embed, logits, normal
+from jaxlm.nn.linear import Head, dropout, embed, normal
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import GatedMLP
 from jaxlm.nn.norms import HeadNorm, RMSNorm
@@ -104,8 +104,8 @@ class Model(nnx.Module):
         self.untied_VD = None if c.tied else normal(rngs, c.vocab, c.width, std=0.02)
 
     @property
-    def head_VD(self) -> jax.Array:
-        return (self.embed_VD if self.untied_VD is None else self.untied_VD)[...]
+    def head(self) -> Head:
+        return Head((self.embed_VD if self.untied_VD is None else self.untied_VD)[...])
 
     @shaped
     def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
@@ -128,7 +128,7 @@ class Model(nnx.Module):
     def __call__(self, tokens_BT, **where):
         """Logits [B, T, V] in float32, and the cache; `where` as in `hidden`."""
         x_BTD, cache = self.hidden(tokens_BT, **where)
-        return logits(x_BTD, self.head_VD), cache
+        return self.head(x_BTD), cache
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Room for `slots` tokens in each of `batch` rows."""

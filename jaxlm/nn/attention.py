@@ -158,11 +158,11 @@ def chunked(
 BACKENDS: dict[str, Callable] = {"xla": xla, "chunked": chunked, "splash": splash.attend}
 
 
-def choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, plain: bool = True) -> str:
+def choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, biased: bool = False) -> str:
     """What `auto` means here: the TPU kernel where it applies, else `xla` up to 1,024 keys (or one query), else
-    `chunked`. Scores that are capped or biased are not `plain`.
+    `chunked`.
     """
-    if plain and axes.platform() == "tpu" and splash.refuses(q_shape, k_shape, mask) is None:
+    if not biased and axes.platform() == "tpu" and splash.refuses(q_shape, k_shape, mask) is None:
         return "splash"
     return "xla" if k_shape[2] <= 1024 or q_shape[2] == 1 else "chunked"
 
@@ -177,13 +177,14 @@ def attend(
     `cap` bends scores to cap tanh(score / cap); `bias` adds to them by distance. Raises `Mistake` for an unknown
     backend, or one that cannot honour the mask, the shape or what is done to the scores.
     """
-    plain = cap is None and bias is None
     if backend == "auto":
-        backend = choose(q_BNTH.shape, k_BKSH.shape, mask, plain)
-    if not plain and backend == "splash":
-        raise lookup.Mistake("attention backend 'splash' neither caps nor biases scores; choose 'xla' or 'chunked'")
+        backend = choose(q_BNTH.shape, k_BKSH.shape, mask, biased=bias is not None)
     compute = lookup.key("config.model.attention", backend, BACKENDS)
-    return compute(q_BNTH, k_BKSH, v_BKSH, mask) if plain else compute(q_BNTH, k_BKSH, v_BKSH, mask, cap, bias)
+    if bias is None:
+        return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap)
+    if backend == "splash":
+        raise lookup.Mistake("attention backend 'splash' adds no bias to scores; choose 'xla' or 'chunked'")
+    return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap, bias)
 
 
 class Attention(nnx.Module):

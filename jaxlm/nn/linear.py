@@ -6,6 +6,7 @@ dense(y_BTNH, w_NHD, axes=2)   -> BTD
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -54,10 +55,20 @@ def dense(
     return y.reshape(*lead, *outer)
 
 
-def logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """How well each token of the vocabulary would follow: [B, T, V] in float32."""
-    B, T, D = x_BTD.shape
-    return _against_rows(x_BTD.reshape(B * T, D), head_VD).astype(jnp.float32).reshape(B, T, -1)
+class Head(NamedTuple):
+    """What turns hidden states into logits: a row a token, perhaps a bias, perhaps bent to cap tanh(logit / cap)."""
+
+    table_VD: jax.Array
+    bias_V: jax.Array | None = None
+    cap: float | None = None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32."""
+        B, T, D = x_BTD.shape
+        y = _against_rows(x_BTD.reshape(B * T, D), self.table_VD).astype(jnp.float32)
+        if self.bias_V is not None:
+            y = y + self.bias_V[None]
+        return (y if self.cap is None else self.cap * jnp.tanh(y / self.cap)).reshape(B, T, -1)
 
 
 def _against_rows(x: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm import axes
 from jaxlm.axes import shaped
+from jaxlm.nn.linear import Head
 
 LOGITS_AT_ONCE = 2**24  # elements of one chunk's logits, unless told otherwise: 64 MiB in float32
 
@@ -26,21 +27,23 @@ class Sums(NamedTuple):
 
 @shaped
 def cross_entropy(
-    x_BTD: jax.Array, head_VD: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, *,
+    x_BTD: jax.Array, head: Head, labels_BT: jax.Array, weights_BT: jax.Array, *,
     label_smoothing: float = 0.0, z_loss: float = 0.0, chunk: int | None = None,
 ) -> Sums:  # fmt: skip
-    """Sums of -log softmax(x head')[label] over tokens, in float32; `chunk` tokens of each row at a time.
+    """Sums of -log softmax(head(x))[label] over tokens, in float32; `chunk` tokens of each row at a time.
 
     Label smoothing spreads its share evenly over the vocabulary (arXiv:1512.00567, section 7); `z_loss` times the
     squared log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5).
     """
     B, T, _ = x_BTD.shape
-    V = head_VD.shape[0]
+    V = head.table_VD.shape[0]
     if chunk is None:
         chunk = max(1, LOGITS_AT_ONCE // (B * V))
     chunk = -(-T // -(-T // min(chunk, T)))  # as few chunks, as even as possible
     weights = weights_BT.astype(jnp.float32)
-    loss, nll, correct = _summed(x_BTD, head_VD, labels_BT, weights, label_smoothing, z_loss, chunk)
+    loss, nll, correct = _summed(
+        x_BTD, head.table_VD, head.bias_V, labels_BT, weights, head.cap, label_smoothing, z_loss, chunk
+    )
     return Sums(loss, nll, correct, weights.sum())
 
 
@@ -53,9 +56,7 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
 
 def _chunk_sums(x, head, labels, weights, smoothing, z_loss):
     """One chunk: the three sums, and what its gradient needs."""
-    B, t, D = x.shape
-    logits = (x.reshape(B * t, D) @ head.T).astype(jnp.float32).reshape(B, t, -1)
-    logits = axes.constrain(logits, "BTV")
+    logits = axes.constrain(head(x), "BTV")
     norm = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     nll = norm - picked
@@ -66,8 +67,8 @@ def _chunk_sums(x, head, labels, weights, smoothing, z_loss):
     return ((loss * weights).sum(), (nll * weights).sum(), correct.sum()), (logits, norm)
 
 
-def _plain(x, head, labels, weights, smoothing, z_loss, chunk):
-    head = head.astype(x.dtype)
+def _plain(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
+    head = Head(table.astype(x.dtype), bias, cap)
 
     def add(sums, xs):
         return jax.tree.map(jnp.add, sums, _chunk_sums(xs[0], head, xs[1], xs[2], smoothing, z_loss)[0]), None
@@ -76,30 +77,39 @@ def _plain(x, head, labels, weights, smoothing, z_loss, chunk):
     return jax.lax.scan(add, (jnp.zeros(()),) * 3, xs)[0]
 
 
-def _forward(x, head, labels, weights, smoothing, z_loss, chunk):
-    cast, V = head.astype(x.dtype), head.shape[0]
+def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
+    cast, V = table.astype(x.dtype), table.shape[0]
+    head = Head(cast, bias, cap)
 
     def add(carry, xs):
-        sums, d_head = carry
+        sums, d_table, d_bias = carry
         x, labels, weights = xs
-        new, (logits, norm) = _chunk_sums(x, cast, labels, weights, smoothing, z_loss)
+        new, (logits, norm) = _chunk_sums(x, head, labels, weights, smoothing, z_loss)
         d = jnp.exp(logits - norm[..., None]) * (1.0 + 2.0 * z_loss * norm)[..., None] - smoothing / V
         d = d - (1.0 - smoothing) * jax.nn.one_hot(labels, V, dtype=d.dtype)
-        d = (d * weights[..., None]).astype(x.dtype).reshape(-1, V)
-        d_head = d_head + (d.T @ x.reshape(-1, x.shape[-1])).astype(jnp.float32)
-        return (jax.tree.map(jnp.add, sums, new), d_head), (d @ cast).reshape(x.shape)
+        d = d * weights[..., None]
+        if cap is not None:
+            d = d * (1.0 - jnp.square(logits / cap))
+        d_bias = None if bias is None else d_bias + d.sum(axis=(0, 1))
+        d = d.astype(x.dtype).reshape(-1, V)
+        d_table = d_table + (d.T @ x.reshape(-1, x.shape[-1])).astype(jnp.float32)
+        return (jax.tree.map(jnp.add, sums, new), d_table, d_bias), (d @ cast).reshape(x.shape)
 
     xs = tuple(_split(a, chunk) for a in (x, labels, weights))
-    start = ((jnp.zeros(()),) * 3, jnp.zeros(head.shape, jnp.float32))
-    (sums, d_head), d_x = jax.lax.scan(add, start, xs)
+    none = None if bias is None else jnp.zeros(V)
+    start = ((jnp.zeros(()),) * 3, jnp.zeros(table.shape, jnp.float32), none)
+    (sums, d_table, d_bias), d_x = jax.lax.scan(add, start, xs)
     d_x = d_x.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
-    return sums, (d_x, d_head.astype(head.dtype))
+    return sums, (d_x, d_table.astype(table.dtype), d_bias)
 
 
-def _backward(smoothing, z_loss, chunk, kept, g):
-    d_x, d_head = kept  # gradients of the loss sum; nll and the count of correct tokens are reports, not differentiated
-    return (d_x * g[0]).astype(d_x.dtype), d_head * g[0].astype(d_head.dtype), None, None
+def _backward(cap, smoothing, z_loss, chunk, kept, g):
+    d_x, d_table, d_bias = (
+        kept  # gradients of the loss sum; nll and the count of correct tokens are reports, not differentiated
+    )
+    d_bias = None if d_bias is None else d_bias * g[0]
+    return (d_x * g[0]).astype(d_x.dtype), d_table * g[0].astype(d_table.dtype), d_bias, None, None
 
 
-_summed = jax.custom_vjp(_plain, nondiff_argnums=(4, 5, 6))
+_summed = jax.custom_vjp(_plain, nondiff_argnums=(5, 6, 7, 8))
 _summed.defvjp(_forward, _backward)

@@ -25,7 +25,7 @@ def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask) -> s
     return None
 
 
-def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> jax.Array:
+def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, cap: float | None = None) -> jax.Array:
     """Attention by the kernel: [B, N, T, H] in v's dtype. On anything but a TPU it runs interpreted (for tests).
 
     Raises `Mistake` with the reason where `refuses` has one.
@@ -40,7 +40,7 @@ def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) 
     segments = jnp.pad(segments_BT.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)  # nobody's
 
     def local(q, k, v, segments):
-        attention = _kernel(q.shape[1], T + pad, mask.causal, mask.window, axes.platform() != "tpu")
+        attention = _kernel(q.shape[1], T + pad, mask.causal, mask.window, cap, axes.platform() != "tpu")
         return jax.vmap(lambda q, k, v, s: attention(q, k, v, kernel.SegmentIds(s, s)))(q, k, v, segments)
 
     place = axes.here()
@@ -53,7 +53,7 @@ def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) 
     return jnp.asarray(local(q, k, v, segments))[:, :, :T].astype(v_BKSH.dtype)
 
 
-def _kernel(heads: int, length: int, causal: bool, window: int | None, interpret: bool):
+def _kernel(heads: int, length: int, causal: bool, window: int | None, cap: float | None, interpret: bool):
     """The compiled-in part: mask and block sizes for `heads` local heads."""
     shape = (length, length)
     if window is not None:
@@ -66,4 +66,4 @@ def _kernel(heads: int, length: int, causal: bool, window: int | None, interpret
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip
     make = functools.partial(kernel.make_splash_mha, head_shards=1, q_seq_shards=1, block_sizes=sizes)
-    return make(mask=masks.MultiHeadMask([mask] * heads), interpret=interpret)
+    return make(mask=masks.MultiHeadMask([mask] * heads), attn_logits_soft_cap=cap, interpret=interpret)

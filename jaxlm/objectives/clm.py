@@ -45,6 +45,6 @@ def loss(
     segments_BT = batch.get("segments")  # left out where one document fills every row
     x_BTD, _ = model.hidden(batch["tokens"], segments_BT=segments_BT, key=key)
     return cross_entropy(
-        x_BTD, model.head_VD, batch["labels"], batch["weights"],
+        x_BTD, model.head, batch["labels"], batch["weights"],
         label_smoothing=label_smoothing, z_loss=z_loss, chunk=chunk,
     )  # fmt: skip

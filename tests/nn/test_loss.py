@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.nn.linear import Head
 from jaxlm.nn.loss import cross_entropy
 
 B, T, D, V = 3, 10, 8, 33
@@ -19,9 +20,11 @@ def inputs():
     return x, head, labels, weights
 
 
-def plain(x, head, labels, weights, label_smoothing=0.0, z_loss=0.0):
+def plain(x, head, labels, weights, label_smoothing=0.0, z_loss=0.0, bias=None, cap=None):
     """From the definition: cross-entropy with a smoothed target distribution, and the z-loss."""
     logits = jnp.einsum("btd,vd->btv", x, head)
+    logits = logits if bias is None else logits + bias[None, None]
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     target = (1 - label_smoothing) * jax.nn.one_hot(labels, V) + label_smoothing / V
     loss = -(target * jax.nn.log_softmax(logits)).sum(-1) + z_loss * jax.nn.logsumexp(logits, -1) ** 2
     return (loss * weights).sum()
@@ -34,15 +37,28 @@ def plain(x, head, labels, weights, label_smoothing=0.0, z_loss=0.0):
 def test_loss_and_gradients_equal_the_plain_ones(inputs, chunk, options):
     x, head, labels, weights = inputs
     got = jax.value_and_grad(
-        lambda x, h: 3 * cross_entropy(x, h, labels, weights, chunk=chunk, **options).loss, argnums=(0, 1)
+        lambda x, h: 3 * cross_entropy(x, Head(h), labels, weights, chunk=chunk, **options).loss, argnums=(0, 1)
     )
     want = jax.value_and_grad(lambda x, h: 3 * plain(x, h, labels, weights, **options), argnums=(0, 1))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got(x, head), want(x, head))
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_bias_and_a_cap_are_in_value_and_gradients(inputs, chunk, cap):
+    x, table, labels, weights = inputs
+    bias, more = jax.random.normal(jax.random.key(3), (V,)), dict(label_smoothing=0.1, z_loss=1e-2)
+    got = jax.value_and_grad(
+        lambda x, t, b: cross_entropy(x, Head(t, b, cap), labels, weights, chunk=chunk, **more).loss, argnums=(0, 1, 2)
+    )
+    want = jax.value_and_grad(lambda x, t, b: plain(x, t, labels, weights, bias=b, cap=cap, **more), argnums=(0, 1, 2))
+    both = got(x, table, bias), want(x, table, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), *both)
+
+
 def test_reports_leave_out_smoothing_and_padding(inputs):
     x, head, labels, weights = inputs
-    sums = cross_entropy(x, head, labels, weights, label_smoothing=0.3, z_loss=0.1, chunk=4)
+    sums = cross_entropy(x, Head(head), labels, weights, label_smoothing=0.3, z_loss=0.1, chunk=4)
     logits = jnp.einsum("btd,vd->btv", x, head)
     assert sums.nll == pytest.approx(float(plain(x, head, labels, weights)), rel=1e-5)
     assert sums.correct == pytest.approx(float(((logits.argmax(-1) == labels) * weights).sum()))
@@ -52,8 +68,8 @@ def test_reports_leave_out_smoothing_and_padding(inputs):
 def test_padding_and_its_labels_change_nothing(inputs):
     x, head, labels, weights = inputs
     hidden = weights == 0
-    other = cross_entropy(jnp.where(hidden[..., None], 7.0, x), head, jnp.where(hidden, 0, labels), weights)
-    assert other.loss == pytest.approx(float(cross_entropy(x, head, labels, weights).loss), rel=1e-6)
+    other = cross_entropy(jnp.where(hidden[..., None], 7.0, x), Head(head), jnp.where(hidden, 0, labels), weights)
+    assert other.loss == pytest.approx(float(cross_entropy(x, Head(head), labels, weights).loss), rel=1e-6)
 
 
 def test_the_full_logits_never_exist():
@@ -64,7 +80,7 @@ def test_the_full_logits_never_exist():
     ]
 
     def temporary(chunk):
-        step = jax.jit(jax.grad(lambda *a: cross_entropy(*a, chunk=chunk).loss, argnums=(0, 1)))
+        step = jax.jit(jax.grad(lambda x, h, *a: cross_entropy(x, Head(h), *a, chunk=chunk).loss, argnums=(0, 1)))
         return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(32) < B * T * V * 4 / 8 < B * T * V * 4 < temporary(T)
