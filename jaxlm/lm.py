@@ -97,8 +97,10 @@ class LM:
         eos = None if tokenizer is None else tokenizer.eos
         self.ends: list[int] = [*ends] if eos is None or eos in ends else [*ends, eos]
         self.model = blueprint.bind(params)
-        self._forward = jax.jit(lambda params, tokens_BT, **where: blueprint.bind(params)(tokens_BT, **where)[0])
-        self._hidden = jax.jit(lambda params, tokens_BT, **where: blueprint.bind(params).hidden(tokens_BT, **where)[0])
+        pair = blueprint.kind == "encoder-decoder"
+        forward, hidden = (_about, _encode) if pair else (_logits, _states)
+        self._forward = jax.jit(lambda params, tokens_BT, **where: forward(blueprint.bind(params), tokens_BT, **where))
+        self._hidden = jax.jit(lambda params, tokens_BT, **where: hidden(blueprint.bind(params), tokens_BT, **where))
         self._pooled = jax.jit(lambda params, tokens_BT, **where: _pool(blueprint.bind(params), tokens_BT, **where))
         self._nll = jax.jit(functools.partial(_nll, blueprint))
 
@@ -124,18 +126,33 @@ class LM:
         most = self.blueprint.config.context
         return min(most, (self.config or {}).get("length", most))
 
-    def logits(self, token_ids: Ids, *, mask: Ids | None = None, types: Ids | None = None) -> np.ndarray:
+    def logits(
+        self, token_ids: Ids, *, decoder_ids: Ids | None = None, mask: Ids | None = None, types: Ids | None = None,
+        decoder_mask: Ids | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Logits [B, T, V] in float32 of what follows each of `token_ids`: one row [T], or rows of one length [B, T].
 
         A `mask` of the same shape is 0 where a token is padding, on either side: no other token sees it, positions
         count without it, and its own logits mean nothing. `types` are an encoder's token types. An encoder's logits are
-        those of the token itself, as if it were masked. Raises `Mistake` for rows of different lengths, for ids that
-        the model does not know, and beyond its context.
+        those of the token itself, as if it were masked; an encoder-decoder's, of what follows each of `decoder_ids`.
+        Raises `Mistake` for rows of different lengths, for ids that the model does not know, and beyond its context.
         """
-        return self._read(self._forward, token_ids, mask, types)
+        if (decoder_ids is None) == (self.blueprint.kind == "encoder-decoder"):
+            need = "needs decoder_ids" if decoder_ids is None else "takes no decoder_ids"
+            raise Mistake(f"{self.blueprint.name} is of the kind {self.blueprint.kind}: lm.logits {need}")
+        if decoder_ids is None:
+            return self._read(self._forward, token_ids, mask, types)
+        decoder_BT, padding = self._padded(decoder_ids)
+        if decoder_mask is None:
+            decoder_mask = np.ones_like(decoder_BT)
+        more = dict(
+            decoder_BT=np.pad(decoder_BT, padding),
+            decoder_segments_BT=np.pad(_like(decoder_BT, decoder_mask, "a mask is 0 or 1", 2), padding),
+        )
+        return self._read(self._forward, token_ids, mask, types, **more)[:, : decoder_BT.shape[1]]
 
     def hidden(self, token_ids: Ids, *, mask: Ids | None = None, types: Ids | None = None) -> np.ndarray:
-        """Final hidden states [B, T, D]; arguments and errors as for `logits`."""
+        """Final hidden states [B, T, D], of an encoder-decoder those of its encoder; else as for `logits`."""
         return self._read(self._hidden, token_ids, mask, types)
 
     def pooled(self, token_ids: Ids, *, mask: Ids | None = None, types: Ids | None = None) -> np.ndarray:
@@ -144,16 +161,21 @@ class LM:
             raise Mistake(f"{self.blueprint.name} is no encoder, so it has no pooled state")
         return self._read(self._pooled, token_ids, mask, types)
 
-    def _read(self, forward: Callable, token_ids: Ids, mask: Ids | None, types: Ids | None) -> np.ndarray:
+    def _padded(self, token_ids: Ids) -> tuple[np.ndarray, tuple]:
+        """Ids that the model can read, and how to pad them on the right to a bucket."""
         tokens_BT = _whole(token_ids, "token ids")
         length, context, vocab = tokens_BT.shape[1], self.blueprint.config.context, self.blueprint.config.vocab
         if tokens_BT.min() < 0 or tokens_BT.max() >= vocab:
             raise Mistake(f"ids from {tokens_BT.min()} to {tokens_BT.max()}, but the model's vocabulary has {vocab}")
         if length > context:
             raise Mistake(f"{length:,} tokens, but the model reads {context:,}")
-        where = {}
-        padding = ((0, 0), (0, bucket(length, 16, context) - length))  # on the right, where no causal model looks
-        if mask is None and self.blueprint.kind != "decoder":
+        return tokens_BT, ((0, 0), (0, bucket(length, 16, context) - length))
+
+    def _read(
+        self, forward: Callable, token_ids: Ids, mask: Ids | None, types: Ids | None, **where: np.ndarray
+    ) -> np.ndarray:
+        tokens_BT, padding = self._padded(token_ids)
+        if mask is None and self.blueprint.kind != "decoder":  # a decoder does not look at what is on the right
             mask = np.ones_like(tokens_BT)
         if mask is not None:
             where["segments_BT"] = np.pad(_like(tokens_BT, mask, "a mask is 0 or 1", 2), padding)
@@ -161,7 +183,7 @@ class LM:
             known = getattr(self.blueprint.config, "types", 0)
             where["types_BT"] = np.pad(_like(tokens_BT, types, f"token types are below {known}", known), padding)
         out = np.asarray(forward(self.params, np.pad(tokens_BT, padding), **where))
-        return out[:, :length] if out.ndim == 3 else out
+        return out[:, : tokens_BT.shape[1]] if out.ndim == 3 and "decoder_BT" not in where else out
 
     def nll(self, rows: np.ndarray) -> np.ndarray:
         """Negative log-likelihood in nats [B, T] of tokens 1.. of rows [B, T + 1], each given those before it."""
@@ -181,6 +203,8 @@ class LM:
 
         What is longer than the context is read in windows, `stride` tokens apart (half a context unless given).
         """
+        if self.blueprint.kind != "decoder":
+            raise Mistake(f"{self.blueprint.name} is of the kind {self.blueprint.kind}: only decoders score a text")
         texts = [texts] if isinstance(texts, str) else texts
         documents = ((self.document(text), len(text.encode())) for text in texts)
         return perplexity.evaluate(self.nll, documents, context=context or self.context, stride=stride, batch=batch)
@@ -222,10 +246,11 @@ class LM:
             fault = f"num_return_sequences={copies}" if copies > beams else f"temperature={temperature}"
             raise Mistake(f"beams={beams} finds as many texts, the likeliest, so {fault} cannot be")
         out: list[list[Any]] = []
+        pair = self.blueprint.kind == "encoder-decoder"  # what it writes does not begin with the prompt
         for at in range(0, len(tokens), batch):
             part = tokens[at : at + batch]
             replies = [
-                Row() if in_ids else Reply(self.tokenizer, prompt, stop, stream)
+                Row() if in_ids else Reply(self.tokenizer, [] if pair else prompt, stop, stream)
                 for prompt in part for _ in range(copies)
             ]  # fmt: skip
             if beams > 1:
@@ -248,7 +273,10 @@ class LM:
 
     def _prompt(self, text: str | Sequence[int]) -> list[int]:
         context, vocab = self.blueprint.config.context, self.blueprint.config.vocab
-        if isinstance(text, str):
+        pair = self.blueprint.kind == "encoder-decoder"
+        if isinstance(text, str) and pair:
+            tokens = self.document(text).tolist()
+        elif isinstance(text, str):
             tok = self.tokenizer
             tokens = tok.encode(text)
             if tok.bos is not None and (tok.add_bos or not tokens):
@@ -259,7 +287,7 @@ class LM:
                 raise Mistake(f"a prompt holds ids from {min(tokens)} to {max(tokens)}; the vocabulary has {vocab}")
         if not tokens:
             raise Mistake("the prompt is empty, and this tokenizer has no bos token to begin with; give it some text")
-        if len(tokens) >= context:
+        if len(tokens) >= context + pair:
             raise Mistake(
                 f"the prompt has {len(tokens):,} tokens, which leaves no room in the model's context of {context:,}"
             )
@@ -283,6 +311,22 @@ def _like(tokens_BT: np.ndarray, values: Ids, rule: str, below: int) -> np.ndarr
     if array.shape != tokens_BT.shape or array.min() < 0 or array.max() >= below:
         raise Mistake(f"{rule}, one for each of {tokens_BT.shape} tokens; this has {array.shape} up to {array.max()}")
     return array
+
+
+def _logits(model: Any, tokens_BT: jax.Array, **where: Any) -> jax.Array:
+    return model(tokens_BT, **where)[0]
+
+
+def _states(model: Any, tokens_BT: jax.Array, **where: Any) -> jax.Array:
+    return model.hidden(tokens_BT, **where)[0]
+
+
+def _about(model: Any, tokens_BT: jax.Array, *, segments_BT, decoder_BT, decoder_segments_BT) -> jax.Array:
+    return model(tokens_BT, decoder_BT, segments_BS=segments_BT, segments_BT=decoder_segments_BT)[0]
+
+
+def _encode(model: Any, tokens_BT: jax.Array, *, segments_BT) -> jax.Array:
+    return model.encode(tokens_BT, segments_BS=segments_BT)
 
 
 def _pool(model: Any, tokens_BT: jax.Array, **where: Any) -> jax.Array:

@@ -72,11 +72,42 @@ def encoders() -> dict:
     }
 
 
+def pairs() -> dict:
+    """Every variant of an encoder-decoder."""
+    sizes = dict(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4)
+    sizes |= dict(decoder_start_token_id=0)
+    gated = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    return {
+        "t5": (tf.T5ForConditionalGeneration, tf.T5Config(**sizes)),
+        "t5-1.1": (tf.T5ForConditionalGeneration, tf.T5Config(**sizes, **gated)),
+        "mt5": (tf.MT5ForConditionalGeneration, tf.MT5Config(**sizes)),
+    }
+
+
+def ask_pair(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Logits of the decoder's rows about the encoder's, of other lengths; the same where the encoder's is padded."""
+    rng = np.random.default_rng(0)
+    out = {}
+    with torch.no_grad():
+        for name, length, written in (("prompt", LONG, 40), ("first", 9, 6), ("second", 5, 7)):
+            tokens, decoder = (torch.tensor(rng.integers(3, V, (1, n))) for n in (length, written))
+            answer = model(tokens, decoder_input_ids=decoder)
+            out |= {name: tokens, f"{name}_decoder": decoder, f"{name}_logits": answer.logits}
+            out[f"{name}_hidden"] = answer.encoder_last_hidden_state
+        mask = torch.tensor([[1] * 5 + [0] * 4])
+        padded = torch.nn.functional.pad(tokens, (0, 4), value=model.config.pad_token_id)
+        got = model(padded, attention_mask=mask, decoder_input_ids=decoder).logits
+        torch.testing.assert_close(got, out["second_logits"], atol=2e-5, rtol=0)
+    return {name: x.numpy() for name, x in out.items()}
+
+
 def build(cls: type, config: tf.PretrainedConfig) -> torch.nn.Module:
     """The model with weights so large that every part of it matters, each a float16 value."""
     torch.manual_seed(0)
     config._attn_implementation = "eager"
     model = cls(config).eval().float()
+    if getattr(config, "scale_decoder_outputs", True) is False:  # T5 1.1: the published weights have two tables
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with torch.no_grad():
         for name, p in model.named_parameters():
             new = torch.randn_like(p) * (0.15 if p.dim() > 1 else 0.3)
@@ -150,7 +181,7 @@ def ask_encoder(model: torch.nn.Module) -> dict[str, np.ndarray]:
 def main(wanted: list[str]) -> None:
     folder = Path(__file__).parent.parent / "tests" / "goldens"
     folder.mkdir(exist_ok=True)
-    makers = [(decoders(), ask_decoder), (encoders(), ask_encoder)]
+    makers = [(decoders(), ask_decoder), (encoders(), ask_encoder), (pairs(), ask_pair)]
     for variants, ask in makers:
         for name, (cls, config) in variants.items():
             if wanted and name not in wanted:

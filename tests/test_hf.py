@@ -32,9 +32,19 @@ def folder_of(name, folder, **config):
     return folder
 
 
+PAIRS = [name for name in GOLDENS if "prompt_decoder" in golden(name).files]
+ENCODERS = [name for name in GOLDENS if "prompt_hidden" in golden(name).files and name not in PAIRS]
+ALONE = [name for name in GOLDENS if name not in PAIRS]
+DECODERS = [name for name in ALONE if name not in ENCODERS]
+
+
 @pytest.fixture(scope="module", params=GOLDENS)
 def name(request):
     return request.param
+
+
+def those(names):
+    return pytest.mark.parametrize("name", names, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +67,19 @@ def answers(name, lm, which):
 def given(name, which):
     """The golden's tokens and, for models that have them, token types: as keywords."""
     g = golden(name)
-    return {"token_ids": g[which], **({"types": g[f"{which}_types"]} if f"{which}_types" in g.files else {})}
+    pair = {"decoder_ids": g[f"{which}_decoder"]} if f"{which}_decoder" in g.files else {}
+    return {"token_ids": g[which], **pair, **({"types": g[f"{which}_types"]} if f"{which}_types" in g.files else {})}
 
 
 def test_a_long_prompt_is_answered_alike(name, lm):
     for key, ask, want in answers(name, lm, "prompt"):
-        np.testing.assert_allclose(ask(**given(name, "prompt")), want, atol=1e-4, err_msg=key)
+        what = given(name, "prompt")
+        if key != "logits":
+            what.pop("decoder_ids", None)
+        np.testing.assert_allclose(ask(**what), want, atol=1e-4, err_msg=key)
 
 
+@those(ALONE)
 @pytest.mark.parametrize("left", [0, 4], ids=["right", "left"])
 def test_padding_on_either_side_changes_nothing(name, lm, left):
     first, second = given(name, "first"), given(name, "second")
@@ -80,6 +95,49 @@ def test_padding_on_either_side_changes_nothing(name, lm, left):
         np.testing.assert_allclose(got[1] if key == "pooled" else got[1][both["mask"][1] == 1], other[0], atol=1e-4)
 
 
+@those(PAIRS)
+def test_padding_of_encoder_and_decoder_changes_nothing(name, lm):
+    """Left of the encoder's row, where its distances stay; right of the decoder's."""
+    first, second = given(name, "first"), given(name, "second")
+    sizes = [(row["token_ids"].shape[1], row["decoder_ids"].shape[1]) for row in (first, second)]
+    (a, b), (c, d) = sizes
+    tokens = np.stack([first["token_ids"][0], np.pad(second["token_ids"][0], (a - c, 0))])
+    decoder = np.stack([np.pad(first["decoder_ids"][0], (0, d - b)), second["decoder_ids"][0]])
+    mask = np.stack([np.ones(a, int), np.arange(a) >= a - c]).astype(int)
+    decoder_mask = np.stack([np.arange(d) < b, np.ones(d, int)]).astype(int)
+    got = lm.logits(tokens, decoder_ids=decoder, mask=mask, decoder_mask=decoder_mask)
+    np.testing.assert_allclose(got[0, :b], golden(name)["first_logits"][0], atol=1e-4)
+    np.testing.assert_allclose(got[1], golden(name)["second_logits"][0], atol=1e-4)
+
+
+@those(PAIRS)
+def test_packed_pairs_answer_as_if_alone(name, lm):
+    first, second = given(name, "first"), given(name, "second")
+    rows, segments = {}, {}
+    for key in first:
+        rows[key] = np.concatenate([first[key], second[key]], axis=1)
+        segments[key] = np.repeat([[1, 2]], [first[key].shape[1], second[key].shape[1]], axis=1)
+    where = dict(segments_BS=segments["token_ids"], segments_BT=segments["decoder_ids"])
+    got = np.asarray(lm.model(rows["token_ids"], rows["decoder_ids"], **where)[0])
+    want = np.concatenate([golden(name)["first_logits"], golden(name)["second_logits"]], axis=1)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@those(PAIRS)
+def test_the_decoder_one_token_at_a_time_equals_one_pass(name, lm):
+    g = golden(name)
+    real = np.ones_like(g["prompt"])
+    cache = lm.model.empty_cache(1, g["prompt_decoder"].shape[1])
+    cache = lm.model.remember(cache, lm.model.encode(g["prompt"], segments_BS=real), real)
+    step = jax.jit(lambda p, t, c: lm.blueprint.bind(p).hidden(t, cache=c))
+    got = []
+    for at in range(g["prompt_decoder"].shape[1]):
+        x, cache = step(lm.params, g["prompt_decoder"][:, at : at + 1], cache)
+        got.append(lm.model.head(x))
+    np.testing.assert_allclose(np.concatenate(got, axis=1), g["prompt_logits"], atol=1e-4)
+
+
+@those(ALONE)
 def test_packed_rows_answer_as_if_alone(name, lm):
     g, first, second = golden(name), given(name, "first"), given(name, "second")
     both = {key: np.concatenate([first[key], second[key]], axis=1) for key in first}
@@ -98,10 +156,9 @@ def test_the_next_sentence_head_agrees(tmp_path):
     np.testing.assert_allclose(got, g["prompt_next"], atol=1e-4)
 
 
+@those(DECODERS)
 def test_cached_decoding_gives_the_same_logits(name, lm):
     """Prefill most of the long prompt, then one token at a time, as the engine does."""
-    if lm.blueprint.kind == "encoder":
-        return
     g, last = golden(name), 6
     model = jax.jit(lambda p, t, c: lm.blueprint.bind(p)(t, cache=c))
     cache = lm.model.empty_cache(1, g["prompt"].shape[1])
@@ -113,17 +170,39 @@ def test_cached_decoding_gives_the_same_logits(name, lm):
     np.testing.assert_allclose(np.concatenate(rows, axis=1), g["prompt_logits"], atol=1e-4)
 
 
+@those(DECODERS + PAIRS)
 def test_greedy_continuation_follows_the_largest_logit(name, lm):
-    if lm.blueprint.kind == "encoder":
-        with pytest.raises(Mistake, match="bert is an encoder"):
-            lm.generate([[1, 2]])
-        return
     g = golden(name)
-    (new,) = lm.generate(g["first"][0].tolist(), max_new_tokens=5, temperature=0)
-    row = g["first"][0].tolist()
-    for token in new:
-        assert token == lm.logits(row)[0, -1].argmax()
-        row.append(token)
+    prompts = [g["first"][0].tolist(), g["second"][0].tolist()]
+    found = lm.generate(prompts, max_new_tokens=5, temperature=0)
+    (wide,) = lm.generate(prompts[:1], max_new_tokens=5, temperature=0, beams=1)
+    assert wide == found[0], "alone as in a batch"
+    for prompt, new in zip(prompts, found):
+        row = [lm.blueprint.config.start] if name in PAIRS else list(prompt)
+        for token in new:
+            logits = lm.logits(prompt, decoder_ids=row) if name in PAIRS else lm.logits(row)
+            assert token == logits[0, -1].argmax()
+            row.append(token)
+        assert len(new) == 5 or lm.ends
+
+
+@those(PAIRS)
+def test_beams_of_an_encoder_decoder_are_scored_by_its_logits(name, lm):
+    prompt = golden(name)["first"][0].tolist()
+    (found,) = lm._beams([prompt], beams=3, max_new_tokens=4, stop=[])
+    for tokens, score in found:
+        row = [lm.blueprint.config.start, *tokens]
+        logits = jax.nn.log_softmax(lm.logits(prompt, decoder_ids=row[:-1])[0])
+        assert score == pytest.approx(float(logits[np.arange(len(tokens)), tokens].mean()), abs=1e-4)
+
+
+def test_an_encoder_continues_nothing(tmp_path):
+    lm = jaxlm.load(str(folder_of("bert", tmp_path)))
+    for ask in (lambda: lm.generate([[1, 2]]), lambda: lm.score("a")):
+        with pytest.raises(Mistake, match="bert is "):
+            ask()
+    with pytest.raises(Mistake, match="takes no decoder_ids"):
+        lm.logits([1], decoder_ids=[2])
 
 
 def test_import_then_export_is_the_identity(name, folder, lm, tmp_path):

@@ -40,11 +40,18 @@ DECODERS = [name for name in MODELS if kind(name) == "decoder"]
 decoders = pytest.mark.parametrize("name", DECODERS, indirect=True, scope="module")
 
 
+def read(model, tokens_BT, segments_BT=None, **where):
+    """Logits; an encoder-decoder writes about a row what stands in it."""
+    if importlib.import_module(type(model).__module__).KIND == "encoder-decoder":
+        return model(tokens_BT, tokens_BT, segments_BS=segments_BT, segments_BT=segments_BT, **where)[0]
+    return model(tokens_BT, segments_BT=segments_BT, **where)[0]
+
+
 def objective(model, batch):
     """A loss over all tokens that have a weight: the next token, or for an encoder any label."""
-    if hasattr(model, "empty_cache"):
+    if importlib.import_module(type(model).__module__).KIND == "decoder":
         return clm.loss(model, batch).loss
-    logits_BTV, _ = model(batch["tokens"], segments_BT=batch["segments"])
+    logits_BTV = read(model, batch["tokens"], segments_BT=batch["segments"])
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["labels"][..., None], -1)[..., 0]
     return -(picked * batch["weights"]).sum()
 
@@ -63,7 +70,7 @@ def tokens_BT():
 
 def logits_of(name, params, tokens_BT, **where):
     more = {"attention": where.pop("backend")} if "backend" in where else {}
-    return jax.jit(lambda p, t, w: blueprint(name, **more).bind(p)(t, **w)[0])(params, tokens_BT, where)
+    return jax.jit(lambda p, t, w: read(blueprint(name, **more).bind(p), t, **w))(params, tokens_BT, where)
 
 
 @decoders
@@ -75,7 +82,22 @@ def test_the_future_cannot_change_the_past(name, params, tokens_BT, backend):
     assert np.abs(before[:, 7:] - after[:, 7:]).max(axis=(0, 2)).min() > 1e-4, "and it must change every later token"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+UNABLE = [("t5", "splash")]  # its scores have a bias, which the kernel cannot add
+name_and_backend = pytest.mark.parametrize(
+    "name, backend",
+    [(n, b) for n in MODELS for b in BACKENDS if (n, b) not in UNABLE],
+    indirect=["name"],
+    scope="module",
+)
+
+
+def test_a_backend_that_is_not_able_says_so(tokens_BT):
+    for name, backend in UNABLE:
+        with pytest.raises(lookup.Mistake, match=f"'{backend}' .*; choose 'xla' or 'chunked'"):
+            logits_of(name, blueprint(name).init(0), tokens_BT, backend=backend)
+
+
+@name_and_backend
 def test_a_packed_neighbour_changes_nothing(name, params, tokens_BT, backend):
     segments_BT = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3] * 2)
     packed = logits_of(name, params, tokens_BT, segments_BT=segments_BT, backend=backend)
@@ -85,7 +107,7 @@ def test_a_packed_neighbour_changes_nothing(name, params, tokens_BT, backend):
     np.testing.assert_array_equal(packed[:, 5:9], swapped[:, 5:9])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@name_and_backend
 def test_a_packed_neighbour_changes_no_gradient(name, params, tokens_BT, backend):
     """The gradient of two packed documents is the sum of each one's own."""
     model = blueprint(name, attention=backend)
@@ -166,7 +188,10 @@ def test_it_overfits_one_batch(name):
     for _ in range(120):
         params, opt, mean = update(params, opt)
         first = mean if first is None else first
-    assert first == pytest.approx(np.log(V), rel=0.1), "a fresh model guesses uniformly"
+    if name == "t5":  # its paper draws a head of logits around 1
+        assert np.log(V) < first < np.log(V) + 1.5
+    else:
+        assert first == pytest.approx(np.log(V), rel=0.1), "a fresh model guesses uniformly"
     assert mean < 0.1
 
 
@@ -174,15 +199,15 @@ def test_it_overfits_one_batch(name):
 def test_rematerialisation_changes_no_gradient(name, params, tokens_BT, remat):
     def gradient(remat):
         model = blueprint(name, remat=remat)
-        return jax.jit(jax.grad(lambda p: model.bind(p)(tokens_BT)[0].var()))(params)
+        return jax.jit(jax.grad(lambda p: read(model.bind(p), tokens_BT).var()))(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(remat), gradient("none"))
 
 
 def test_dropout_acts_only_with_a_key_and_differs_by_layer_and_key(name, params, tokens_BT):
     model = blueprint(name, dropout=0.5)
-    run = jax.jit(lambda p, t, key: model.bind(p)(t, key=key)[0])
-    still = jax.jit(lambda p, t: model.bind(p)(t)[0])(params, tokens_BT)
+    run = jax.jit(lambda p, t, key: read(model.bind(p), t, key=key))
+    still = jax.jit(lambda p, t: read(model.bind(p), t))(params, tokens_BT)
     np.testing.assert_array_equal(still, logits_of(name, params, tokens_BT))
     one, again, other = (run(params, tokens_BT, jax.random.key(k)) for k in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
@@ -191,7 +216,7 @@ def test_dropout_acts_only_with_a_key_and_differs_by_layer_and_key(name, params,
 
 def test_bfloat16_stays_near_float32_and_gives_float32_logits(name, params, tokens_BT):
     half = blueprint(name, dtype="bfloat16")
-    rounded = jax.jit(lambda p, t: half.bind(p)(t)[0])(params, tokens_BT)
+    rounded = jax.jit(lambda p, t: read(half.bind(p), t))(params, tokens_BT)
     exact = logits_of(name, params, tokens_BT)
     assert rounded.dtype == jnp.float32
     assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
@@ -223,8 +248,9 @@ def test_initial_parameters_do_not_depend_on_the_mesh(name):
 
 
 def test_layers_are_drawn_apart(name):
-    blocks = blueprint(name).init(0)["blocks"]
-    for path, x in jax.tree_util.tree_leaves_with_path(blocks):
+    for path, x in jax.tree_util.tree_leaves_with_path(blueprint(name).init(0)):
+        if "blocks" not in jax.tree_util.keystr(path):
+            continue
         assert x.shape[0] == SIZES["layers"]
         if axes.is_matrix(path):
             assert not np.array_equal(x[0], x[1]), jax.tree_util.keystr(path)
@@ -244,8 +270,8 @@ def test_a_name_and_a_shape_agree_for_every_parameter(name):
 
 def test_a_wrong_shape_is_loud(name, params):
     model = blueprint(name).bind(params)
-    with pytest.raises(TypeError, match="tokens_BT"):
-        model(jnp.zeros(T, jnp.int32))
+    with pytest.raises(TypeError, match=r"tokens_B[TS]"):
+        read(model, jnp.zeros(T, jnp.int32))
     with pytest.raises(TypeError, match="segments_BT has T=3"):
         model.hidden(jnp.zeros((2, T), jnp.int32), segments_BT=jnp.ones((2, 3), jnp.int32))
 

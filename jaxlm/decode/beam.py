@@ -66,6 +66,7 @@ class BeamSearch:
             raise Mistake(f"beams={beams}; it takes one at least")
         patience = key("early_stopping", early_stopping, EARLY)
         rows, _ = self._engine.start(prompts, max_new_tokens, copies=beams)
+        begins = jax.device_get(rows.prompts_B)[::beams]
         stop_V = self._engine.mark(stop)
         wide = min(1 + max(1, int(stop_V.sum())), len(stop_V)) * beams  # so many that enough of them do not end at once
         found = self._search(
@@ -75,11 +76,11 @@ class BeamSearch:
         tokens, lengths, scores = jax.device_get((found.tokens, found.lengths, found.scores))
         return [
             [
-                Found(tokens[b, w, len(prompt) : lengths[b, w]].tolist(), float(scores[b, w]))
+                Found(tokens[b, w, begins[b] : lengths[b, w]].tolist(), float(scores[b, w]))
                 for w in range(beams)
                 if scores[b, w] > NOT_THERE
             ]
-            for b, prompt in enumerate(prompts)
+            for b in range(len(prompts))
         ]
 
     def _run(self, params, rows: State, how, stop_V, penalty, patience, *, beams, wide) -> Beams:

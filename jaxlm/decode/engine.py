@@ -66,8 +66,8 @@ def settle(params: Tree) -> Tree:
 
 def read(model: Any, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after one more token of each row, and the cache that holds it."""
-    logits_BTV, cache = model(token_B[:, None], cache=cache)
-    return logits_BTV[:, 0], cache
+    x_BTD, cache = model.hidden(token_B[:, None], cache=cache)
+    return model.head(x_BTD)[:, 0], cache
 
 
 class Engine:
@@ -121,11 +121,13 @@ class Engine:
             raise Mistake(
                 "there is no prompt" if not len(lengths) else "a prompt holds no token; it needs one at least"
             )
-        if lengths.max() >= context:
+        pair = self.blueprint.kind == "encoder-decoder"  # the prompt is the encoder's, and the row begins anew
+        if lengths.max() >= context + pair:
             raise Mistake(f"a prompt of {lengths.max():,} tokens leaves no room in a context of {context:,}")
-        limits = np.minimum(lengths + max_new_tokens, context)
+        limits = np.minimum(np.where(pair, 1, lengths) + max_new_tokens, context)
         slots = bucket(int(limits.max()), 64, context)
-        tokens_BT = np.zeros((bucket(len(prompts)), bucket(int(lengths.max()), 16, slots)), np.int32)
+        most = bucket(int(lengths.max()), 16, context if pair else slots)
+        tokens_BT = np.zeros((bucket(len(prompts)), most), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
         count = len(prompts) * copies
@@ -144,9 +146,15 @@ class Engine:
         self.traces["prefill"] += 1
         model = self.blueprint.bind(params)
         B, T = tokens_BT.shape
-        cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots))[1]
+        if self.blueprint.kind == "encoder-decoder":
+            real_BT = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
+            memory_BTD = model.encode(tokens_BT, segments_BS=real_BT)
+            cache = model.remember(model.empty_cache(B, slots), memory_BTD, real_BT)
+            tokens_BS, lengths_B = jnp.full((B, slots), self.blueprint.config.start), jnp.ones_like(lengths_B)
+        else:
+            cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots))[1]
+            tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, slots - T)))
         cache = dataclasses.replace(cache, lengths_B=lengths_B - 1)  # the last token is read by the first step
-        tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, slots - T)))
         if origin_B is not None:
             cache, tokens_BS, lengths_B = cache.rows(origin_B), tokens_BS[origin_B], lengths_B[origin_B]
         key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(name_B)

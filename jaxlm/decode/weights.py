@@ -7,6 +7,7 @@ with one row reads a matrix a third faster along what it contracts: a token of G
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +18,15 @@ from jaxlm.nn.linear import Turned
 
 
 def lay(params: Tree) -> Tree:
-    """The blocks' parameters as tuples of L arrays, their weights turned, for layers that stand in a row.
+    """The decoder blocks' parameters as tuples of L arrays, their weights turned, for layers that stand in a row.
 
     On one device the weights are copies and all else views; arrays on several devices are split by layer alone.
     """
 
-    def split(path: tuple, x: jax.Array) -> tuple:
+    def split(path: tuple, x: jax.Array) -> Any:
+        keys = [key.key for key in path]
+        if "blocks" not in keys or "encoder" in keys:
+            return x
         inner = _contracted(axes.name_of(path))
         if len(x.devices()) > 1:
             return tuple(x)
@@ -33,7 +37,7 @@ def lay(params: Tree) -> Tree:
         matrices = (layer.reshape(-1, math.prod(outer)).T for layer in np.asarray(x))
         return tuple(Turned(jax.device_put(np.ascontiguousarray(matrix), device), outer) for matrix in matrices)
 
-    return {**params, "blocks": jax.tree_util.tree_map_with_path(split, params["blocks"])}
+    return jax.tree_util.tree_map_with_path(split, params)
 
 
 def _contracted(name: str) -> int:

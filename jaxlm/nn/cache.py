@@ -26,6 +26,8 @@ class Cache:
     k_LBKSH: Layers
     v_LBKSH: Layers
     lengths_B: jax.Array
+    cross: tuple[jax.Array, jax.Array] | None = None  # an encoder's keys and values [L, B, K, S, H], read by all tokens
+    real_BS: jax.Array | None = None  # which of the encoder's tokens are no padding
 
     @classmethod
     def empty(cls, layers: int, batch: int, kv_heads: int, slots: int, head_width: int, dtype: jnp.dtype) -> "Cache":
@@ -80,8 +82,9 @@ class Cache:
                 return jnp.take(x, index_B, axis=1)
             return jnp.take(x.reshape(B, -1, *x.shape[1:]), index_B, axis=0).reshape(-1, *x.shape[1:])
 
-        k_LBKSH, v_LBKSH = jax.tree.map(pick, (self.k_LBKSH, self.v_LBKSH))
-        return Cache(k_LBKSH, v_LBKSH, self.lengths_B[index_B])
+        k_LBKSH, v_LBKSH, cross = jax.tree.map(pick, (self.k_LBKSH, self.v_LBKSH, self.cross))
+        real_BS = None if self.real_BS is None else self.real_BS[index_B]
+        return Cache(k_LBKSH, v_LBKSH, self.lengths_B[index_B], cross, real_BS)
 
     def unstacked(self) -> "Cache":
         """The same with every layer's keys and values in an array of its own."""
