@@ -5,6 +5,7 @@
     jaxlm evaluate --workdir=DIR [--data=SOURCE]          loss, perplexity, bits per byte
     jaxlm generate --workdir=DIR [--prompt=TEXT]          samples, streamed
     jaxlm plan     --config=FILE[:size] --topology=v5e:4x4 compile the train step for devices that are not here
+    jaxlm convert  SOURCE DESTINATION                     a Hugging Face folder to a workdir, or back
     jaxlm report   DIR                                    report.html from a run's metrics
 
 Any key of the config is changed by --config.a.b=value. `jaxlm PROGRAM --help` tells more.
@@ -15,7 +16,7 @@ import sys
 
 from jaxlm import lookup, program
 
-PROGRAMS = ("prepare", "train", "evaluate", "generate", "plan", "report")
+PROGRAMS = ("prepare", "train", "evaluate", "generate", "plan", "convert", "report")
 
 
 def main() -> None:

@@ -25,9 +25,11 @@ from jaxlm import axes
 from jaxlm.lookup import Mistake
 
 log = logging.getLogger("jaxlm")
+AT_ONCE = 2**20  # elements of an array that a checksum looks at together
+CHUNK = 8 * 10**6  # bytes of an array that are compressed at a time, where memory is short
 
 
-def _sum_bits(x: jax.Array) -> jax.Array:
+def _sum_bits(x: jax.Array, layer: jax.Array | int = 0) -> jax.Array:
     """A uint32 sum over an array's elements, each hashed with its place: the same however the array is split.
 
     The hash is MurmurHash3's finaliser; a plain sum of bits would not see an even number of flipped signs.
@@ -37,7 +39,7 @@ def _sum_bits(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
+    place = jnp.full(x.shape, layer, jnp.uint32)
     for axis in range(x.ndim):
         place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
@@ -48,19 +50,35 @@ def _sum_bits(x: jax.Array) -> jax.Array:
 
 def seal(state: Any) -> dict[str, int]:
     """A checksum of every array in a tree, by path."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    return dict(zip(paths, map(int, _sums(state)), strict=True))
+    sums = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        whole = x.ndim > 1 and len(x) == x.sharding.shard_shape(x.shape)[0]
+        sums[jax.tree_util.keystr(path)] = int((_sum_rows if whole else _sum)(x))
+    return sums
+
+
+_sum = jax.jit(_sum_bits)
 
 
 @jax.jit
-def _sums(state: Any) -> list[jax.Array]:
-    return [_sum_bits(x) for x in jax.tree.leaves(state)]
+def _sum_rows(x: jax.Array) -> jax.Array:
+    """The same for an array whose first axis is not split, a few rows at a time: a CPU writes down what it sums up."""
+    rows = max(1, AT_ONCE * len(x) // max(1, x.size))
+    sums = jax.lax.map(lambda i: _sum_bits(x[i], i), jnp.arange(len(x), dtype=jnp.uint32), batch_size=rows)
+    return sums.sum(dtype=jnp.uint32)
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Use as a context: leaving it waits for the save under way."""
+    """The checkpoints of one workdir. Use as a context: leaving it waits for the save under way.
 
-    def __init__(self, workdir: str, *, newest: int = 2, best: int = 1, metric: str = "loss", mode: str = "min"):
+    `in_flight` bounds the bytes of parameters that are being written at a time, in small chunks: those of the largest
+    array, or more.
+    """
+
+    def __init__(
+        self, workdir: str, *, newest: int = 2, best: int = 1, metric: str = "loss", mode: str = "min",
+        in_flight: int | None = None,
+    ):  # fmt: skip
         if newest < 1 or mode not in ("min", "max"):
             raise Mistake(f"config.checkpoint: newest={newest} must be at least 1, and mode={mode!r} one of min, max")
         worst = float("inf") if mode == "min" else float("-inf")
@@ -73,6 +91,12 @@ class Checkpoints:
                     get_metric_fn=self._score, reverse=mode == "min", n=best, keep_checkpoints_without_metrics=False
                 )
             )
+        self._chunk = ocp.SaveArgs(chunk_byte_size=CHUNK if in_flight else None)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        if in_flight:
+            handler: Any = ocp.StandardCheckpointHandler(save_concurrent_gb=(in_flight + 1) / 10**9, use_ocdbt=False)  # type: ignore
+            for kind in (ocp.args.StandardSave, ocp.args.StandardRestore):
+                registry.add("params", kind, handler)
         self._manager = ocp.CheckpointManager(
             epath.Path(workdir).resolve() / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -81,6 +105,7 @@ class Checkpoints:
                 best_mode=mode,
                 cleanup_tmp_directories=True,
             ),
+            handler_registry=registry,
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -100,7 +125,10 @@ class Checkpoints:
         save before it; what was saved earlier is untouched.
         """
         self._manager.check_for_errors()
-        parts = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
+        parts = {
+            name: ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: self._chunk, tree))
+            for name, tree in state.items()
+        }
         items = ocp.args.Composite(**parts, seal=ocp.args.JsonSave(seal(state)))
         self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None, force=True)
 

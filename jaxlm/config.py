@@ -30,15 +30,16 @@ DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFIN
 
 
 def parse(
-    doc: str, argv: Sequence[str], *, config: bool = True, workdir: str | None = "required", **own: Any
+    doc: str, argv: Sequence[str], *, config: bool = True, workdir: str | None = "required", places: int = 0, **own: Any
 ) -> SimpleNamespace:
     """Read a program's arguments: its own flags are given by name and default (a list: may be repeated; a type: no
-    default).
+    default). Up to so many `places` may stand without a name; they come as `args.places`.
 
     Raises `Mistake` for an unknown flag or config key (with the nearest spelling), a bad value, or a missing required
     flag; prints the program's docstring and flags and exits on --help.
     """
     values = flags.FlagValues()
+    values.set_gnu_getopt(places > 0)  # flags may follow what has no name
     if config:
         flags.DEFINE_string("config", None, "FILE.py[:size]; set any key by --config.a.b=value", flag_values=values)
     if workdir:
@@ -61,11 +62,11 @@ def parse(
         raise miss("the command", "--" + e.flagname, ["--" + name for name in values]) from None
     except flags.Error as e:
         raise Mistake(str(e)) from None
-    if rest:
-        raise Mistake(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+    if len(rest) > places:
+        raise Mistake(f"unexpected argument {rest[places]!r}; flags are written --name=value")
     if workdir == "required" and not values["workdir"].value:
         raise Mistake("--workdir is missing: the folder that will hold the run, for example --workdir=runs/first")
-    found = {name: values[name].value for name in values}
+    found: dict[str, Any] = {name: values[name].value for name in values} | ({"places": rest} if places else {})
     if config:
         found["config"] = load(found["config"] or "", overrides)
     return SimpleNamespace(**found)

@@ -97,7 +97,10 @@ def main(argv: list[str]) -> int:
         step="newest",
     )
     model = lm.load(args.workdir, step=args.step)
-    data = args.data or f"store:{config.read(args.workdir).store}"
+    store = config.read(args.workdir).get("store")
+    if not (args.data or store):
+        raise Mistake(f"{args.workdir} was not trained on a store; name what to evaluate on: --data=SOURCE")
+    data = args.data or f"store:{store}"
     context = model.context if args.context is None else args.context
     rows, scores = {}, []
     for name, found in documents(model, data).items():

@@ -153,7 +153,8 @@ def restore(
         _check(folder, form, shapes, plan, names)
         places, flat = _flat(axes.shardings(shapes, mesh, rules)), _flat(shapes)
         params: dict[str, jax.Array] = {}
-        for name, ours, at, pattern in plan:
+        size = lambda part: sum(np.prod(flat[path].shape[len(part[2]) :]) for path in part[1])  # noqa: E731
+        for name, ours, at, pattern in sorted(plan, key=size, reverse=True):  # the largest while there is most room
             if name not in names:
                 continue
             tensor = files.read(names[name])
@@ -172,7 +173,7 @@ def export(
     flat = _flat(params)
     groups: list[dict[str, tuple]] = [{}]
     size = total = 0
-    bare = config["architectures"][0].endswith("Model")  # without its head: names without their prefix
+    bare = re.search(r"(?<!Head)Model$", config["architectures"][0])  # without its head: names without their prefix
     for name, ours, at, pattern in _expand(form, flat):
         name = name.removeprefix(form.prefix) if bare else name
         bytes_ = sum(int(np.prod(flat[path].shape[len(at) :])) for path in ours) * np.dtype(DTYPES[dtype]).itemsize
@@ -222,7 +223,9 @@ class _Files:
             if not path.exists():
                 raise Mistake(f"{path} is missing; {INDEX} names it")
             try:
-                self._open[name] = safetensors.safe_open(str(path), "np")
+                self._open[name] = safetensors.safe_open(
+                    str(path), "np", backend="pread"
+                )  # a mapped file's pages count as ours
             except safetensors.SafetensorError as e:
                 raise Mistake(f"{path} is damaged or cut off: {e}") from None
         return self._open[name]

@@ -42,6 +42,7 @@ def decoders() -> dict:
         sliding_attention=dict(rope_type="default", rope_theta=1e4),
     )  # fmt: skip
     gemma3 = dict(gemma, rope_parameters=rope)
+    experts = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True)
     return {
         "gpt2": (tf.GPT2LMHeadModel, gpt2),
         "llama": llama(),
@@ -53,6 +54,8 @@ def decoders() -> dict:
         "qwen2-window": (tf.Qwen2ForCausalLM, tf.Qwen2Config(**SIZES, **KV, **windows)),
         "gemma2": (tf.Gemma2ForCausalLM, tf.Gemma2Config(**SIZES, **KV, **gemma)),
         "gemma3": (tf.Gemma3ForCausalLM, tf.Gemma3TextConfig(**SIZES | dict(num_hidden_layers=7), **KV, **gemma3)),
+        "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig(**SIZES, **KV, num_local_experts=4)),
+        "qwen3-moe": (tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**SIZES, **KV, **experts)),
         "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config(**SIZES, **KV, head_dim=16)),
     }
 

@@ -18,7 +18,7 @@ MODELS = [
     name for name in lookup.names("jaxlm.models") if hasattr(importlib.import_module(f"jaxlm.models.{name}"), "Config")
 ]
 V, T = 32, 12
-SIZES = dict(layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=32, context=32)
+SIZES = dict(layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=32, context=32, experts=4, balance=0.0)
 
 
 def blueprint(name, **more):

@@ -56,9 +56,7 @@ class Config:
     dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
 
     def __post_init__(self):
-        if isinstance(self.rope_scaling, Mapping):
-            scaling = lookup.spend("config.model.rope_scaling", positions.Scaling, self.rope_scaling)
-            object.__setattr__(self, "rope_scaling", scaling)
+        object.__setattr__(self, "rope_scaling", positions.Scaling.of(self.rope_scaling))
 
     @property
     def is_global(self) -> list[bool]:

@@ -57,9 +57,7 @@ class Config:
 
     def __post_init__(self):
         lookup.key("config.model.bias", self.bias, BIAS)
-        if isinstance(self.rope_scaling, Mapping):
-            scaling = lookup.spend("config.model.rope_scaling", positions.Scaling, self.rope_scaling)
-            object.__setattr__(self, "rope_scaling", scaling)
+        object.__setattr__(self, "rope_scaling", positions.Scaling.of(self.rope_scaling))
 
     @property
     def windows(self) -> list[int | None]:

@@ -5,6 +5,7 @@ restart(segments [1 1 1 2 2 0])  ->  [0 1 2 0 1 0]
 
 import dataclasses
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -77,6 +78,13 @@ class Scaling:
         lookup.key("config.model.rope_scaling.kind", self.kind, dict.fromkeys(("linear", "llama3", "yarn")))
         if self.kind != "linear" and self.original < 1:
             raise lookup.Mistake(f"config.model.rope_scaling: {self.kind} needs `original`, the context of pretraining")
+
+    @classmethod
+    def of(cls, section: Any) -> "Scaling | None":
+        """From `config.model.rope_scaling`: nothing, one of these, or a section of a config."""
+        if section is None or isinstance(section, Scaling):
+            return section
+        return lookup.spend("config.model.rope_scaling", cls, dict(section))
 
     def __call__(self, frequency: np.ndarray, base: float) -> np.ndarray:
         """The changed frequencies (radians a token) [H / 2]."""

@@ -43,8 +43,13 @@ def loss(
     The options are those of `jaxlm.nn.loss.cross_entropy`.
     """
     segments_BT = batch.get("segments")  # left out where one document fills every row
-    x_BTD, _ = model.hidden(batch["tokens"], segments_BT=segments_BT, key=key)
-    return cross_entropy(
+    where, added = dict(segments_BT=segments_BT, key=key), 0.0
+    if hasattr(model, "routed"):  # a mixture of experts has terms of its own, a mean over tokens
+        x_BTD, _, added = model.routed(batch["tokens"], **where)
+    else:
+        x_BTD, _ = model.hidden(batch["tokens"], **where)
+    sums = cross_entropy(
         x_BTD, model.head, batch["labels"], batch["weights"],
         label_smoothing=label_smoothing, z_loss=z_loss, chunk=chunk,
     )  # fmt: skip
+    return sums._replace(loss=sums.loss + added * sums.weight)

@@ -1,0 +1,89 @@
+"""A mixture of experts is the sum over its experts, and drops nothing."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import axes
+from jaxlm.models import Blueprint
+from jaxlm.nn.moe import MoE
+from jaxlm.objectives import clm
+
+B, T, D, F, E = 2, 9, 8, 12, 5
+
+
+def layer(chosen=2, renormalised=True):
+    return MoE(D, F, E, chosen, renormalised=renormalised, std=0.5, out_std=0.5, rngs=nnx.Rngs(0))
+
+
+def dense_sum(moe, x_BTD):
+    """All experts for all tokens, times the weight that the router gives them."""
+    prob = jax.nn.softmax(jnp.einsum("btd,de->bte", x_BTD, moe.router_DE[...]))
+    lowest = jnp.sort(prob, axis=-1)[..., -moe.chosen][..., None]
+    weight = jnp.where(prob >= lowest, prob, 0.0)
+    weight = weight / weight.sum(-1, keepdims=True) if moe.renormalised else weight
+    gate, up = (jnp.einsum("btd,edf->btef", x_BTD, w[...]) for w in (moe.gate_EDF, moe.up_EDF))
+    return jnp.einsum("bte,btef,efd->btd", weight, jax.nn.silu(gate) * up, moe.down_EFD[...])
+
+
+@pytest.mark.parametrize("chosen, renormalised", [(1, True), (2, True), (2, False), (E, False)])
+def test_it_is_the_dense_sum_over_experts(chosen, renormalised):
+    moe, x_BTD = layer(chosen, renormalised), jax.random.normal(jax.random.key(1), (B, T, D))
+    graph, params = nnx.split(moe)
+    both = lambda run: jax.value_and_grad(lambda p, x: (run(nnx.merge(graph, p), x) ** 2).sum(), argnums=(0, 1))  # noqa: E731
+    got = both(lambda m, x: m(x)[0])(params, x_BTD)
+    want = both(dense_sum)(params, x_BTD)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_no_token_is_dropped_when_all_choose_one_expert():
+    moe = layer(chosen=1)
+    moe.router_DE[...] = jnp.zeros((D, E)).at[:, 3].set(1.0)
+    x_BTD = jnp.abs(jax.random.normal(jax.random.key(1), (B, T, D)))
+    y_BTD, routing = moe(x_BTD)
+    np.testing.assert_allclose(y_BTD, dense_sum(moe, x_BTD), atol=1e-5)
+    assert jnp.abs(y_BTD).min(axis=(0, 2)).min() >= 0 and jnp.abs(y_BTD).sum(-1).min() > 0
+    assert routing.balance > 2, "all at one expert"
+
+
+def test_an_even_router_has_balance_one_and_padding_does_not_count():
+    moe = layer()
+    moe.router_DE[...] = jnp.zeros((D, E))
+    x_BTD = jax.random.normal(jax.random.key(1), (B, T, D))
+    assert moe(x_BTD)[1].balance == pytest.approx(1.0)
+    assert moe(x_BTD)[1].z == pytest.approx(np.log(E) ** 2, rel=1e-5)
+    moe, real_BT = layer(), jnp.arange(T)[None].repeat(B, 0) < 5
+    want = moe(x_BTD[:, :5])[1]
+    got = moe(x_BTD.at[:, 5:].set(9.0), real_BT)[1]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_the_loss_has_the_routers_terms():
+    sizes = dict(name="mixtral", layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=32, experts=4)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 8, (2, 6)))
+    batch = dict(tokens=tokens, labels=tokens, weights=jnp.ones((2, 6)), segments=jnp.ones((2, 6), jnp.int32))
+    plain, more = (Blueprint.of({**sizes, "balance": b, "router_z": b}, vocab=8) for b in (0.0, 0.5))
+    params = plain.init(0)
+    a, b = (clm.loss(model.bind(params), batch) for model in (plain, more))
+    _, _, added = more.bind(params).routed(tokens, segments_BT=batch["segments"])
+    assert a.nll == pytest.approx(float(b.nll)) and added > 0.4
+    assert b.loss - a.loss == pytest.approx(12 * float(added), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [dict(tensor=4, fsdp=2), dict(data=2, tensor=2, fsdp=2)], ids=str)
+def test_experts_on_eight_devices_compute_what_one_does(sizes):
+    shape = dict(name="mixtral", layers=2, width=16, heads=4, kv_heads=4, head_width=4, mlp_width=32, experts=4)
+    model = Blueprint.of(shape, vocab=32)
+    params = model.init(0)
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 12))
+    run = jax.jit(lambda p, t: model.bind(p)(t)[0])
+    want = run(params, tokens)
+    mesh, rules = axes.mesh(**sizes), {**axes.RULES, "E": "tensor"}
+    with axes.on(mesh, rules):
+        placed = jax.device_put(params, axes.shardings(params, mesh, rules))
+        assert placed["blocks"]["moe"]["up_EDF"].sharding.spec[1] == "tensor", "the experts themselves are split"
+        got = jax.jit(lambda p, t: model.bind(p)(t)[0])(placed, tokens)
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -1,0 +1,294 @@
+"""`jaxlm convert`: a Hugging Face folder becomes a workdir and comes back; what goes wrong leaves nothing behind."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+import tokenizers as hf_tokenizers
+
+import jaxlm
+from jaxlm import checkpoint, convert, generate
+from jaxlm import config as configs
+from jaxlm.data import tokenizers
+from jaxlm.lookup import Mistake
+from jaxlm.models import Blueprint
+from tests.runs import environment
+from tests.test_hf import folder_of, golden
+
+MODEL = dict(name="llama", layers=1, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16, context=64)
+KINDS = {
+    "huggingface": dict(kind="huggingface", vocab=300),
+    "wordpiece": dict(kind="huggingface", algorithm="wordpiece", vocab=120),
+    "unigram": dict(kind="sentencepiece", vocab=290),
+    "bpe": dict(kind="sentencepiece", algorithm="bpe", vocab=320),
+}
+TEXTS = ["def f(x):\n\treturn x", "the  folder", "naïve 日本", "one two three four", "returns the other one"] * 3
+
+
+def with_tokenizer(folder, size=40):
+    """Put a tokenizer.json of `size` words beside a model."""
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, size)}
+    whole = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    whole.pre_tokenizer = hf_tokenizers.pre_tokenizers.WhitespaceSplit()
+    whole.add_special_tokens(["<s>", "</s>"])
+    whole.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def written_workdir(folder, kind):
+    """A workdir as training leaves it, with a tokenizer of this kind and checkpoints of steps 1 and 2."""
+    tokenizer = tokenizers.train(TEXTS, KINDS.get(kind, dict(kind=kind)))
+    tokenizer.save(folder / "tokenizer")
+    configs.write(dict(model=MODEL, dtype="float32"), str(folder))
+    blueprint = Blueprint.of(MODEL, vocab=tokenizer.vocab)
+    with checkpoint.Checkpoints(str(folder), best=1) as checkpoints:
+        checkpoints.save(1, dict(params=blueprint.init(1)), dict(loss=1.0))
+        checkpoints.save(2, dict(params=blueprint.init(2)), dict(loss=2.0))
+    return folder, tokenizer
+
+
+def tensors(folder):
+    return {key: x for file in folder.glob("*.safetensors") for key, x in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3", "qwen2-window"])
+def test_a_folder_becomes_a_workdir_and_comes_back(name, tmp_path, capsys):
+    folder = with_tokenizer(folder_of(name, tmp_path / "a"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    assert convert.main([str(folder), str(tmp_path / "deep" / "run")]) == 0
+    run = tmp_path / "deep" / "run"
+    assert sorted(p.name for p in run.parent.iterdir()) == ["run"]
+    lm, g = jaxlm.load(str(run)), golden(name)
+    np.testing.assert_allclose(lm.logits(g["prompt"]), g["prompt_logits"], atol=1e-4)
+    assert lm.tokenizer.encode("w5 w7") == [5, 7]
+    assert generate.main([f"--workdir={run}", "--prompt=w4", "--max_new_tokens=2"]) == 0
+
+    assert convert.main([str(run), str(tmp_path / "b"), "--shard=20KB"]) == 0
+    want, got = tensors(folder), tensors(tmp_path / "b")
+    assert got.keys() == want.keys() and all(np.array_equal(got[key], want[key]) for key in want)
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    for file in ("config.json", "generation_config.json"):
+        config = json.loads((tmp_path / "b" / file).read_text())
+        assert [config[f"{n}_token_id"] for n in ("bos", "eos", "pad")] == [0, [1, 7], None]
+    np.testing.assert_allclose(jaxlm.load(str(tmp_path / "b")).logits(g["first"]), g["first_logits"], atol=1e-4)
+    assert "as step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_exported_tokenizer_gives_the_same_ids_behind_bos(kind, tmp_path):
+    run, ours = written_workdir(tmp_path / "run", kind)
+    convert.main([str(run), str(tmp_path / "out")])
+    out = tmp_path / "out"
+    theirs = hf_tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    for text in TEXTS:
+        assert theirs.encode(text).ids == [ours.bos, *ours.encode(text)]
+        assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    names = {name: theirs.token_to_id(config.get(f"{name}_token", "")) for name in convert.SPECIALS}
+    assert names == dict(bos=ours.bos, eos=ours.eos, pad=ours.pad)
+    assert config["model_max_length"] == 64
+    again = jaxlm.load(str(out))
+    assert again.tokenizer.encode(TEXTS[0]) == ours.encode(TEXTS[0])
+    assert (out / "tokenizer.model").exists() == (kind in ("unigram", "bpe"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_a_tokenizer_that_transformers_does_not_have_is_said(kind, tmp_path, capsys):
+    run, ours = written_workdir(tmp_path / "run", kind)
+    convert.main([str(run), str(tmp_path / "out")])
+    assert f"no tokenizer: transformers has none like {kind}" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == ours.eos
+
+
+def test_a_step_and_a_dtype_are_chosen(tmp_path, capsys):
+    run, _ = written_workdir(tmp_path / "run", "bytes")
+    for step, number in dict(newest=2, best=1).items():
+        convert.main([str(run), str(tmp_path / step), f"--step={step}"])
+        assert f"from step {number}" in capsys.readouterr().out
+        want = jaxlm.load(str(run), step=step).params["embed_VD"]
+        np.testing.assert_array_equal(tensors(tmp_path / step)["model.embed_tokens.weight"], want)
+    convert.main([str(run), "--dtype=bfloat16", str(tmp_path / "half")])
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    got = jaxlm.load(str(tmp_path / "half")).params["embed_VD"]
+    np.testing.assert_allclose(got, want := jaxlm.load(str(run)).params["embed_VD"], rtol=2**-8)
+    assert not np.array_equal(got, want)
+
+
+def spoil(folder, **change):
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in (load_file(file) | change).items() if v is not None}, file)
+
+
+CHANGES = {
+    "damaged or cut off": lambda f: os.truncate(f / "model.safetensors", 9000),
+    "lack 'model.norm.weight'": lambda f: spoil(f, **{"model.norm.weight": None}),
+    "no place for .*stranger": lambda f: spoil(f, **{"model.stranger": np.ones(3, np.float32)}),
+    "has shape": lambda f: spoil(f, **{"lm_head.weight": np.ones((3, 5), np.float32)}),
+    "did you mean 'llama'": lambda f: folder_of("llama", f, model_type="lama"),
+    "a workdir needs a tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_a_spoilt_folder_is_a_mistake_and_leaves_nothing(message, tmp_path):
+    folder = with_tokenizer(folder_of("llama", tmp_path / "a"))
+    CHANGES[message](folder)
+    with pytest.raises(Mistake, match=message):
+        convert.main([str(folder), str(tmp_path / "run")])
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_tokenizer_larger_than_the_model_is_told_before_weights_are_read(tmp_path):
+    folder = with_tokenizer(folder_of("llama", tmp_path / "a"), size=41)
+    with pytest.raises(Mistake, match="the tokenizer has 41 ids, but vocab_size is 40"):
+        convert.main([str(folder), str(tmp_path / "run")])
+
+
+def test_a_destination_that_holds_something_is_left_alone(tmp_path):
+    folder = with_tokenizer(folder_of("llama", tmp_path / "a"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("!")
+    for place in ("run", "run/precious"):
+        with pytest.raises(Mistake, match="not empty"):
+            convert.main([str(folder), str(tmp_path / place)])
+    assert (tmp_path / "run" / "precious").read_text() == "!" and len(list((tmp_path / "run").iterdir())) == 1
+    (tmp_path / "run" / "precious").unlink()
+    convert.main([str(folder), str(tmp_path / "run")])
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_interrupted_or_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    folder = with_tokenizer(folder_of("llama", tmp_path / "a"))
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(checkpoint.Checkpoints, "save", fail)
+        with pytest.raises(type(error)):
+            convert.main([str(folder), str(tmp_path / "run")])
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_command_line_is_answered(tmp_path):
+    folder = with_tokenizer(folder_of("llama", tmp_path / "a"))
+    run, _ = written_workdir(tmp_path / "run", "bytes")
+    out = str(tmp_path / "out")
+    for message, argv in {
+        "two folders": [str(folder)],
+        "unexpected argument 'third'": [str(folder), out, "third"],
+        "there is no such folder": [str(tmp_path / "nowhere"), out],
+        "is no workdir": [str(tmp_path), out],
+        "--dtype says how": [str(folder), out, "--dtype=bfloat16"],
+        "--shard=5XB": [str(run), out, "--shard=5XB"],
+        "did you mean 'bfloat16'": [str(run), out, "--dtype=bfloat"],
+        "no checkpoint '7'": [str(run), out, "--step=7"],
+        "did you mean '--shard'": [str(run), out, "--shards=1GB"],
+        "is no Hugging Face folder": [str(run), "--check"],
+    }.items():
+        with pytest.raises(Mistake, match=message):
+            convert.main(argv)
+        assert not Path(out).exists()
+    assert [convert.size(text) for text in ("5GB", "3 mb", "17")] == [5 * 10**9, 3 * 10**6, 17]
+
+
+def test_a_name_on_the_hub_is_downloaded(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = with_tokenizer(folder_of("gpt2", tmp_path / "a"))
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(folder))
+    convert.main(["some-body/gpt2.tiny", str(tmp_path / "run")])
+    assert asked[0][0] == ("some-body/gpt2.tiny",)
+    assert set(asked[0][1]["allow_patterns"]) == {"*.safetensors", "*.json", "*.model"}
+    assert jaxlm.load(str(tmp_path / "run")).blueprint.name == "gpt2"
+
+
+def test_a_hub_out_of_reach_is_a_mistake(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(Mistake, match=r"no folder some-body/gpt2, and the hub .*: ConnectionError: no route to host$"):
+        convert.main(["some-body/gpt2", str(tmp_path / "run")])
+
+
+def test_a_check_without_torch_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(Mistake, match="pip install torch transformers"):
+        convert.main(["--check", str(folder_of("llama", tmp_path / "a"))])
+
+
+@pytest.mark.parametrize("difference, status", [(9e-5, 0), (2e-4, 1), (float("nan"), 1)])
+def test_a_check_fails_where_logits_differ(difference, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(convert, "check", lambda folder: {"a prompt": 1e-6, "a packed row": difference})
+    assert convert.main(["--check", str(folder_of("llama", tmp_path / "a"))]) == status
+    assert f"{difference:.1e}  a packed row" in capsys.readouterr().out
+
+
+def large_folder(folder, *, vocab, width, layers):
+    """A llama of random weights, written a tensor at a time; returns the bytes of all and of the largest."""
+    shapes = {
+        "model.embed_tokens.weight": (vocab, width),
+        "lm_head.weight": (vocab, width),
+        "model.norm.weight": (width,),
+    }
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        shapes |= {f"{layer}{n}_layernorm.weight": (width,) for n in ("input", "post_attention")}
+        shapes |= {f"{layer}self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
+        shapes |= {f"{layer}mlp.{n}_proj.weight": (2 * width, width) for n in ("gate", "up")}
+        shapes |= {f"{layer}mlp.down_proj.weight": (width, 2 * width)}
+    config = dict(
+        model_type="llama", vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=512,
+        rms_norm_eps=1e-5, tie_word_embeddings=False,
+    )  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with_tokenizer(folder)
+    sizes = [x.nbytes for x in weights.values()]
+    return sum(sizes), max(sizes)
+
+
+PEAK = """
+import re, sys
+from jaxlm import convert
+
+def most():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+convert.main([sys.argv[1], sys.argv[1] + "-run"])  # a small one first: what is compiled and loaded is no tensor
+before = most()
+convert.main([sys.argv[2], sys.argv[2] + "-run"])
+print(most() - before)
+"""
+
+
+@pytest.mark.endurance
+def test_importing_holds_the_parameters_and_little_more(tmp_path):
+    """At most 1.2 times the largest tensor above the parameters, which on a CPU are in the host's memory."""
+    large_folder(tmp_path / "small", vocab=64, width=64, layers=2)
+    whole, largest = large_folder(tmp_path / "large", vocab=48_000, width=1024, layers=6)
+    assert whole > 590e6
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in environment().items() if name != "XLA_FLAGS"},  # as users run it: fused
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak = int(done.stdout.split()[-1])
+    assert peak < whole + 1.2 * largest, f"{peak / 1e6:.0f} MB for {whole / 1e6:.0f} + 1.2 x {largest / 1e6:.0f}"
