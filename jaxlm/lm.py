@@ -49,7 +49,7 @@ def load(path: str, *, step: str | int = "newest", dtype: str = "auto") -> "LM":
     dtype = str(config.get("dtype", "auto")) if dtype == "auto" else dtype
     blueprint = Blueprint.of(config.model, vocab=tokenizer.vocab, dtype=_computed(dtype))
     _, params = checkpoint.restore_params(path, blueprint.shapes, step=step)
-    return LM(blueprint, params, tokenizer, config, ends=[int(i) for i in config.get("ends") or ()])
+    return LM(blueprint, params, tokenizer, config, ends=config.to_dict().get("ends", ()))
 
 
 def _load_hugging_face(folder: str, dtype: str) -> "LM":

@@ -276,6 +276,47 @@ def test_a_wrong_shape_is_loud(name, params):
         model.hidden(jnp.zeros((2, T), jnp.int32), segments_BT=jnp.ones((2, 3), jnp.int32))
 
 
+PUBLISHED = {  # millions of parameters, with the vocabulary of each
+    "gpt2": (50257, {"gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558, "gpt3-175b": 174_600}),
+    "llama": (
+        128256,
+        {
+            "llama3.1-8b": 8030,
+            "llama3.1-70b": 70_554,
+            "llama3.1-405b": 405_853,
+            "llama3.2-1b": 1236,
+            "llama3.2-3b": 3213,
+        },
+    ),
+    "gemma": (256000, {"gemma2-2b": 2614, "gemma2-9b": 9242, "gemma2-27b": 27_227}),
+    "mixtral": (32000, {"8x7b": 46_703, "8x22b": 140_621}),
+    "bert": (30522, {"bert-base": 110, "bert-large": 336, "distilbert-base": 67}),
+    "t5": (32128, {"t5-small": 60.5, "t5-base": 223, "t5-large": 738, "t5-11b": 11_307, "t5-1.1-xxl": 11_135}),
+}
+
+
+def test_presets_have_the_published_number_of_parameters(name):
+    module = importlib.import_module(f"jaxlm.models.{name}")
+    vocab, published = PUBLISHED.get(name, (100, {}))
+    for size in module.SIZES:
+        found = Blueprint.of({"name": name, "size": size}, vocab=vocab).size / 1e6
+        if size in published:
+            assert found == pytest.approx(published[size], rel=0.01), size
+    with pytest.raises(lookup.Mistake, match=r"config\.model\.size has no 'huge'"):
+        Blueprint.of({"name": name, "size": "huge"}, vocab=vocab)
+
+
+def test_every_second_layer_of_gpt3_sees_a_band():
+    model = Blueprint.of(dict(name="gpt2", layers=2, width=16, heads=4, context=32, window=3), vocab=V)
+    assert model.config != blueprint("gpt2").config
+    wide = Blueprint.of(dict(name="gpt2", layers=2, width=16, heads=4, context=32), vocab=V)
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
+    tokens_BT = jax.random.randint(jax.random.key(0), (1, 12), 0, V)
+    banded, dense = (np.asarray(m.bind(params)(tokens_BT)[0]) for m in (model, wide))
+    np.testing.assert_allclose(banded[:, :3], dense[:, :3], atol=1e-5)
+    assert np.abs(banded - dense)[:, 3:].max(axis=-1).min() > 1e-3
+
+
 def test_gpt2_refuses_more_positions_than_it_learned():
     with pytest.raises(lookup.Mistake, match=r"33 positions.*context=32"):
         blueprint("gpt2").bind(blueprint("gpt2").init(0))(jnp.zeros((1, 33), jnp.int32))

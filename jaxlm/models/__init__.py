@@ -31,13 +31,16 @@ class Blueprint:
 
     @classmethod
     def of(cls, section: Mapping[str, Any], *, vocab: int, dtype: str = "float32") -> "Blueprint":
-        """From `config.model`: a name and the keys of that family's Config. Raises `Mistake` for a name or key that is
-        not.
+        """From `config.model`: a name, keys of that family's Config, and perhaps a `size` of its `SIZES` for the rest.
+
+        Raises `Mistake` for a name, size or key that is not.
         """
         section = dict(section)
         module = lookup.module("jaxlm.models", section.pop("name", "?"))
         if not hasattr(module, "Config"):
             raise lookup.Mistake(f"config.model.name: {module.__name__} is no family that can be trained by steps")
+        if "size" in section:
+            section = {**lookup.key("config.model.size", section.pop("size"), module.SIZES), **section}
         config = lookup.spend("config.model", module.Config, {"vocab": vocab, "dtype": dtype, **section})
         if config.vocab < vocab:
             raise lookup.Mistake(f"the tokenizer has {vocab} ids, but config.model.vocab is {config.vocab}")

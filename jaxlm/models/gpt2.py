@@ -39,6 +39,7 @@ class Config:
     width: int = 768
     heads: int = 12
     mlp_width: int | None = None  # 4 x width unless given
+    window: int | None = None  # keys that a query of every second layer sees, its own included, as in GPT-3
     dropout: float = 0.0
     norm_eps: float = 1e-5
     attention: str = "auto"
@@ -100,12 +101,13 @@ class Model(nnx.Module):
         x_BTD = embed(self.embed_VD, tokens_BT) + embed(self.positions_TD, positions_BT)
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
-        mask = Mask(segments_BT=segments_BT)
 
-        def step(block, carry, extra):
-            return block(carry[0], mask, carry[1], *extra)
+        def step(block, carry, extra, window):
+            return block(carry[0], Mask(window=window, segments_BT=segments_BT), carry[1], *extra)
 
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (np.arange(c.layers), keys[1]), remat=c.remat)
+        windows = [c.window if layer % 2 else None for layer in range(c.layers)]
+        per_layer = (np.arange(c.layers), keys[1])
+        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, remat=c.remat, kinds=windows)
         return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1])
 
     @shaped
@@ -117,6 +119,23 @@ class Model(nnx.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         c = self.config
         return Cache.empty(c.layers, batch, c.heads, slots, c.head_width, jnp.dtype(c.dtype))
+
+
+SIZES = {
+    "gpt2": {},
+    "gpt2-medium": dict(layers=24, width=1024, heads=16),
+    "gpt2-large": dict(layers=36, width=1280, heads=20),
+    "gpt2-xl": dict(layers=48, width=1600, heads=25),
+    # GPT-3 (arXiv:2005.14165, table 2.1), whose 1.3B and 13B have heads that do not make up the width there
+    "gpt3-125m": dict(context=2048),
+    "gpt3-350m": dict(context=2048, layers=24, width=1024, heads=16),
+    "gpt3-760m": dict(context=2048, layers=24, width=1536, heads=16),
+    "gpt3-1.3b": dict(context=2048, layers=24, width=2048, heads=16),
+    "gpt3-2.7b": dict(context=2048, layers=32, width=2560, heads=32),
+    "gpt3-6.7b": dict(context=2048, layers=32, width=4096, heads=32),
+    "gpt3-13b": dict(context=2048, layers=40, width=5120, heads=40),
+    "gpt3-175b": dict(context=2048, layers=96, width=12288, heads=96),
+}
 
 
 def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:

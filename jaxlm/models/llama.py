@@ -134,6 +134,45 @@ class Model(nnx.Module):
         return Cache.empty(c.layers, batch, c.kv_heads, slots, c.head_width, jnp.dtype(c.dtype))
 
 
+_LONG = dict(kind="llama3", original=8192, low_freq=1.0, high_freq=4.0)
+_THIRD = dict(context=131072, kv_heads=8, rope_base=5e5)
+_QWEN2 = dict(context=32768, rope_base=1e6, norm_eps=1e-6, bias="qkv")
+_QWEN3 = dict(context=40960, rope_base=1e6, norm_eps=1e-6, qk_norm=True, kv_heads=8)
+_SMALL = dict(context=8192, tied=True, head_width=64)
+SIZES = {
+    "llama2-7b": {},
+    "llama2-13b": dict(layers=40, width=5120, heads=40, kv_heads=40, mlp_width=13824),
+    "llama2-70b": dict(layers=80, width=8192, heads=64, kv_heads=8, mlp_width=28672),
+    "llama3-8b": dict(context=8192, kv_heads=8, mlp_width=14336, rope_base=5e5),
+    "llama3.1-8b": dict(_THIRD, mlp_width=14336, rope_scaling=dict(_LONG, factor=8.0)),
+    "llama3.1-70b": dict(
+        _THIRD, layers=80, width=8192, heads=64, mlp_width=28672, rope_scaling=dict(_LONG, factor=8.0)
+    ),
+    "llama3.1-405b": dict(
+        _THIRD, layers=126, width=16384, heads=128, mlp_width=53248, rope_scaling=dict(_LONG, factor=8.0)
+    ),
+    "llama3.2-1b": dict(
+        _THIRD, layers=16, width=2048, head_width=64, mlp_width=8192, tied=True, rope_scaling=dict(_LONG, factor=32.0)
+    ),
+    "llama3.2-3b": dict(
+        _THIRD, layers=28, width=3072, heads=24, mlp_width=8192, tied=True, rope_scaling=dict(_LONG, factor=32.0)
+    ),
+    "mistral-7b": dict(context=32768, kv_heads=8, mlp_width=14336, window=4096),
+    "qwen2.5-0.5b": dict(
+        _QWEN2, layers=24, width=896, heads=14, kv_heads=2, head_width=64, mlp_width=4864, tied=True
+    ),
+    "qwen2.5-1.5b": dict(_QWEN2, layers=28, width=1536, heads=12, kv_heads=2, mlp_width=8960, tied=True),
+    "qwen2.5-7b": dict(_QWEN2, layers=28, width=3584, heads=28, kv_heads=4, mlp_width=18944),
+    "qwen2.5-72b": dict(_QWEN2, layers=80, width=8192, heads=64, kv_heads=8, mlp_width=29568),
+    "qwen3-0.6b": dict(_QWEN3, layers=28, width=1024, heads=16, mlp_width=3072, tied=True),
+    "qwen3-8b": dict(_QWEN3, layers=36, mlp_width=12288),
+    "qwen3-32b": dict(_QWEN3, layers=64, width=5120, heads=64, mlp_width=25600),
+    "smollm2-135m": dict(_SMALL, layers=30, width=576, heads=9, kv_heads=3, mlp_width=1536, rope_base=1e5),
+    "smollm2-360m": dict(_SMALL, layers=32, width=960, heads=15, kv_heads=5, mlp_width=2560, rope_base=1e5),
+    "smollm2-1.7b": dict(_SMALL, layers=24, width=2048, heads=32, kv_heads=32, mlp_width=8192, rope_base=1.3e5),
+}  # fmt: skip
+
+
 def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, hidden_act="silu", mlp_bias=False)
     kind, heads = config["model_type"], config["num_attention_heads"]

@@ -13,8 +13,10 @@ from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
 
-MODELS = [
-    name for name in lookup.names("jaxlm.models") if hasattr(importlib.import_module(f"jaxlm.models.{name}"), "Config")
+MODELS = [  # an encoder-decoder's writing is checked against its logits in tests/test_hf.py
+    name
+    for name in lookup.names("jaxlm.models")
+    if getattr(importlib.import_module(f"jaxlm.models.{name}"), "KIND", "") == "decoder"
 ]
 V, CONTEXT = 40, 64
 SIZES = dict(layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=32, context=CONTEXT)
