@@ -118,7 +118,8 @@ def test_packed_pairs_answer_as_if_alone(name, lm):
         rows[key] = np.concatenate([first[key], second[key]], axis=1)
         segments[key] = np.repeat([[1, 2]], [first[key].shape[1], second[key].shape[1]], axis=1)
     where = dict(segments_BS=segments["token_ids"], segments_BT=segments["decoder_ids"])
-    got = np.asarray(lm.model(rows["token_ids"], rows["decoder_ids"], **where)[0])
+    ask = lambda m: m(rows["token_ids"], rows["decoder_ids"], **where)[0]  # noqa: E731
+    got = jax.jit(lambda p: ask(lm.blueprint.bind(p)))(lm.params)
     want = np.concatenate([golden(name)["first_logits"], golden(name)["second_logits"]], axis=1)
     np.testing.assert_allclose(got, want, atol=1e-4)
 
@@ -128,7 +129,8 @@ def test_the_decoder_one_token_at_a_time_equals_one_pass(name, lm):
     g = golden(name)
     real = np.ones_like(g["prompt"])
     cache = lm.model.empty_cache(1, g["prompt_decoder"].shape[1])
-    cache = lm.model.remember(cache, lm.model.encode(g["prompt"], segments_BS=real), real)
+    about = lambda m, c: m.remember(c, m.encode(g["prompt"], segments_BS=real), real)  # noqa: E731
+    cache = jax.jit(lambda p, c: about(lm.blueprint.bind(p), c))(lm.params, cache)
     step = jax.jit(lambda p, t, c: lm.blueprint.bind(p).hidden(t, cache=c))
     got = []
     for at in range(g["prompt_decoder"].shape[1]):
@@ -145,7 +147,8 @@ def test_packed_rows_answer_as_if_alone(name, lm):
     segments = np.repeat([[1, 2]], [first["token_ids"].shape[1], second["token_ids"].shape[1]], axis=1)
     where = {"segments_BT": segments, **{f"{key}_BT": value for key, value in both.items()}}
     key = "hidden" if "first_hidden" in g.files else "logits"
-    got = np.asarray((lm.model.hidden if key == "hidden" else lm.model)(tokens, **where)[0])
+    ask = lambda m: (m.hidden if key == "hidden" else m)(tokens, **where)[0]  # noqa: E731
+    got = jax.jit(lambda p: ask(lm.blueprint.bind(p)))(lm.params)
     want = np.concatenate([g[f"first_{key}"], g[f"second_{key}"]], axis=1)
     np.testing.assert_allclose(got, want, atol=1e-4)
 

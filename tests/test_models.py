@@ -323,7 +323,7 @@ def test_gpt2_refuses_more_positions_than_it_learned():
 
 
 def test_a_sliding_window_sees_that_many_tokens(tokens_BT):
-    model = Blueprint.of({"name": "llama", **SIZES, "layers": 1, "window": 3}, vocab=V)
+    model = blueprint("llama", layers=1, window=3)
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
     run = jax.jit(lambda t: model.bind(params)(t)[0])
     before, after = run(tokens_BT), run(tokens_BT.at[:, 4].add(1) % V)

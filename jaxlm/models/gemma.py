@@ -42,7 +42,7 @@ class Config:
     mlp_width: int = 9216
     window: int = 4096  # keys that a query of a local layer sees, its own included
     every: int = 2  # each so-manyth layer is global
-    scale: float = 256.0  # scores are divided by its square root
+    scale: int = 256  # scores are divided by its square root
     cap_scores: float | None = 50.0
     cap_logits: float | None = 30.0
     qk_norm: bool = False
@@ -142,7 +142,7 @@ SIZES = {
     "gemma2-2b": {},
     "gemma2-9b": dict(layers=42, width=3584, heads=16, kv_heads=8, mlp_width=14336),
     "gemma2-27b": dict(
-        layers=46, width=4608, heads=32, kv_heads=16, head_width=128, mlp_width=36864, scale=144.0
+        layers=46, width=4608, heads=32, kv_heads=16, head_width=128, mlp_width=36864, scale=144
     ),
     "gemma3-1b": _third(context=32768, width=1152, heads=4, kv_heads=1, mlp_width=6912, window=512),
     "gemma3-4b": _third(
@@ -155,7 +155,7 @@ SIZES = {
     ),
     "gemma3-27b": _third(
         context=131072, layers=62, width=5376, heads=32, kv_heads=16, head_width=128, mlp_width=21504, window=1024,
-        scale=168.0, rope_scaling=dict(kind="linear", factor=8.0),
+        scale=168, rope_scaling=dict(kind="linear", factor=8.0),
     ),
 }  # fmt: skip
 
@@ -178,7 +178,7 @@ def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
         context=config["max_position_embeddings"], layers=layers, width=config["hidden_size"],
         heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_width=config["head_dim"],
         mlp_width=config["intermediate_size"], window=config["sliding_window"], every=every,
-        scale=float(config["query_pre_attn_scalar"]), cap_scores=config.get("attn_logit_softcapping"),
+        scale=int(config["query_pre_attn_scalar"]), cap_scores=config.get("attn_logit_softcapping"),
         cap_logits=config.get("final_logit_softcapping"), qk_norm=third, norm_eps=config["rms_norm_eps"],
         rope_base_local=near if third else rope["rope_base"], **rope,
     )  # fmt: skip

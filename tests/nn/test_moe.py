@@ -67,7 +67,7 @@ def test_the_loss_has_the_routers_terms():
     batch = dict(tokens=tokens, labels=tokens, weights=jnp.ones((2, 6)), segments=jnp.ones((2, 6), jnp.int32))
     plain, more = (Blueprint.of({**sizes, "balance": b, "router_z": b}, vocab=8) for b in (0.0, 0.5))
     params = plain.init(0)
-    a, b = (clm.loss(model.bind(params), batch) for model in (plain, more))
+    a, b = (jax.jit(lambda p, m=model: clm.loss(m.bind(p), batch))(params) for model in (plain, more))
     _, _, added = more.bind(params).routed(tokens, segments_BT=batch["segments"])
     assert a.nll == pytest.approx(float(b.nll)) and added > 0.4
     assert b.loss - a.loss == pytest.approx(12 * float(added), rel=1e-5)
