@@ -117,7 +117,7 @@ def test_packed_pairs_answer_as_if_alone(name, lm):
     for key in first:
         rows[key] = np.concatenate([first[key], second[key]], axis=1)
         segments[key] = np.repeat([[1, 2]], [first[key].shape[1], second[key].shape[1]], axis=1)
-    where = dict(segments_BS=segments["token_ids"], segments_BT=segments["decoder_ids"])
+    where = dict(segments_BS=jnp.asarray(segments["token_ids"]), segments_BT=jnp.asarray(segments["decoder_ids"]))
     ask = lambda m: m(rows["token_ids"], rows["decoder_ids"], **where)[0]  # noqa: E731
     got = jax.jit(lambda p: ask(lm.blueprint.bind(p)))(lm.params)
     want = np.concatenate([golden(name)["first_logits"], golden(name)["second_logits"]], axis=1)
@@ -127,7 +127,7 @@ def test_packed_pairs_answer_as_if_alone(name, lm):
 @those(PAIRS)
 def test_the_decoder_one_token_at_a_time_equals_one_pass(name, lm):
     g = golden(name)
-    real = np.ones_like(g["prompt"])
+    real = jnp.ones(g["prompt"].shape, int)
     cache = lm.model.empty_cache(1, g["prompt_decoder"].shape[1])
     about = lambda m, c: m.remember(c, m.encode(g["prompt"], segments_BS=real), real)  # noqa: E731
     cache = jax.jit(lambda p, c: about(lm.blueprint.bind(p), c))(lm.params, cache)
@@ -145,7 +145,7 @@ def test_packed_rows_answer_as_if_alone(name, lm):
     both = {key: np.concatenate([first[key], second[key]], axis=1) for key in first}
     tokens = both.pop("token_ids")
     segments = np.repeat([[1, 2]], [first["token_ids"].shape[1], second["token_ids"].shape[1]], axis=1)
-    where = {"segments_BT": segments, **{f"{key}_BT": value for key, value in both.items()}}
+    where = {"segments_BT": jnp.asarray(segments), **{f"{key}_BT": jnp.asarray(x) for key, x in both.items()}}
     key = "hidden" if "first_hidden" in g.files else "logits"
     ask = lambda m: (m.hidden if key == "hidden" else m)(tokens, **where)[0]  # noqa: E731
     got = jax.jit(lambda p: ask(lm.blueprint.bind(p)))(lm.params)
