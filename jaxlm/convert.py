@@ -2,7 +2,7 @@
 
     jaxlm convert Qwen/Qwen2.5-0.5B runs/qwen                a folder, or a name on the hub, to a workdir
     jaxlm convert runs/mine exported --dtype=bfloat16 --shard=5GB --step=best      a workdir to a folder
-    jaxlm convert --check exported                           logits against torch and transformers
+    jaxlm convert --check exported                           a decoder's logits against torch and transformers
 
 What SOURCE is decides the direction. DESTINATION does not exist yet or is empty, and appears when all of it is there.
 --check tells the largest difference of logits for a prompt of 310 tokens, rows padded on either side, a packed row and
