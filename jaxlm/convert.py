@@ -47,9 +47,9 @@ def to_workdir(folder: epath.PathLike, destination: epath.PathLike) -> None:
     """
     folder = epath.Path(folder)
     section, form = models.of_hugging_face(str(folder), hf.read_config(folder))
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not tokenizers.find(folder):
         raise Mistake(
-            f"{folder} has neither tokenizer.json nor tokenizer.model, and a workdir needs a tokenizer; "
+            f"{folder} has neither {' nor '.join(tokenizers.FILES)}, and a workdir needs a tokenizer; "
             f"jaxlm.load({str(folder)!r}) takes and gives token ids without one"
         )
     tokenizer = tokenizers.load(folder)

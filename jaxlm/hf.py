@@ -35,6 +35,7 @@ from jaxlm.lookup import Mistake
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes of one file, at most
+SLICE = 2**20  # numbers of a tensor to look at in one go
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 Tree = Any
@@ -51,7 +52,7 @@ class Format:
     tensors: Tensors
     prefix: str = ""  # of names in a file; files of the model without its head lack it
     ignored: tuple[str, ...] = ()  # regular expressions: tensors that hold no parameter
-    copies: tuple[str, ...] = ()  # names under which a file may hold a tied parameter once more
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # a tied parameter's second name -> its first
     absent: tuple[str, ...] = ()  # single layers' tensors that transformers does not have, and we do not use
 
 
@@ -139,6 +140,29 @@ def write_rope(c: Any) -> dict[str, Any]:
     return dict(rope_parameters={key: value for key, value in rope.items() if value is not None})
 
 
+def attention(theirs: str, ours: str, names: str = "q_proj k_proj v_proj o_proj") -> dict[str, tuple[str, str]]:
+    """The tensors of `nn.attention.Attention` at `ours`; `names` are those of q, k, v and output at `theirs`."""
+    q, k, v, o = (f"{theirs}.{name}" for name in names.split())
+    return {
+        f"{q}.weight": (f"{ours}.wq_DNH", "(N H) D -> D N H"),
+        f"{k}.weight": (f"{ours}.wk_DKH", "(K H) D -> D K H"),
+        f"{v}.weight": (f"{ours}.wv_DKH", "(K H) D -> D K H"),
+        f"{o}.weight": (f"{ours}.wo_NHD", "D (N H) -> N H D"),
+        f"{q}.bias": (f"{ours}.bias_q_NH", "(N H) -> N H"),
+        f"{k}.bias": (f"{ours}.bias_k_KH", "(K H) -> K H"),
+        f"{v}.bias": (f"{ours}.bias_v_KH", "(K H) -> K H"),
+        f"{o}.bias": (f"{ours}.bias_D", "D -> D"),
+        f"{theirs}.q_norm.weight": (f"{ours}.q_norm.scale_H", "H -> H"),
+        f"{theirs}.k_norm.weight": (f"{ours}.k_norm.scale_H", "H -> H"),
+    }
+
+
+def norms(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """The tensors of norms with or without biases, from their names to ours."""
+    both = {f"{theirs}.weight": (f"{ours}.scale_D", "D -> D") for theirs, ours in names.items()}
+    return both | {f"{theirs}.bias": (f"{ours}.bias_D", "D -> D") for theirs, ours in names.items()}
+
+
 def restore(
     folder: epath.PathLike, form: Format, shapes: Tree, *, mesh: Mesh, rules: Mapping[str, Any] = axes.RULES
 ) -> Tree:
@@ -151,6 +175,7 @@ def restore(
         names = _rename(files, form)
         plan = list(_expand(form, _flat(shapes)))
         _check(folder, form, shapes, plan, names)
+        _compare(folder, form, plan, names, files)
         places, flat = _flat(axes.shardings(shapes, mesh, rules)), _flat(shapes)
         params: dict[str, jax.Array] = {}
         size = lambda part: sum(np.prod(flat[path].shape[len(part[2]) :]) for path in part[1])  # noqa: E731
@@ -206,10 +231,10 @@ class _Files:
             old = [path.name for path in folder.glob("pytorch_model*")]
             hint = f"; {old[0]} is a pickle, which jaxlm does not open: save it as safetensors" if old else ""
             raise Mistake(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
-        for file in sorted(set(self.where.values())):
-            missing = [n for n, f in self.where.items() if f == file and n not in set(self._file(file).keys())]
-            if missing:
-                raise Mistake(f"{folder / file} lacks {missing[0]!r}, which {INDEX} promises")
+        held = {file: set(self._file(file).keys()) for file in sorted(set(self.where.values()))}
+        for name, file in self.where.items():
+            if name not in held[file]:
+                raise Mistake(f"{folder / file} lacks {name!r}, which {INDEX} promises")
 
     def __enter__(self) -> "_Files":
         return self
@@ -222,16 +247,22 @@ class _Files:
             path = self._folder / name
             if not path.exists():
                 raise Mistake(f"{path} is missing; {INDEX} names it")
-            try:
-                self._open[name] = safetensors.safe_open(
-                    str(path), "np", backend="pread"
-                )  # a mapped file's pages count as ours
+            try:  # not mapped: a mapped file's pages would count as ours
+                self._open[name] = safetensors.safe_open(str(path), "np", backend="pread")
             except safetensors.SafetensorError as e:
                 raise Mistake(f"{path} is damaged or cut off: {e}") from None
         return self._open[name]
 
     def read(self, name: str) -> np.ndarray:
         return self._file(self.where[name]).get_tensor(name)
+
+    def slices(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor in parts of a few megabytes, in order."""
+        part = self._file(self.where[name]).get_slice(name)
+        shape = part.get_shape()
+        rows = max(1, SLICE // max(1, int(np.prod(shape[1:]))))
+        for start in range(0, shape[0], rows):
+            yield part[start : min(start + rows, shape[0])]
 
 
 def _rename(files: _Files, form: Format) -> dict[str, str]:
@@ -276,6 +307,17 @@ def _check(folder: Any, form: Format, shapes: Tree, plan: list, names: Mapping[s
     ours = {path for _, paths, *_ in plan for path in paths}
     if left := sorted(set(_flat(shapes)) - ours):
         raise AssertionError(f"the HF table says nothing of {left}")
+
+
+def _compare(folder: Any, form: Format, plan: list, names: Mapping[str, str], files: _Files) -> None:
+    """What a file holds twice has to be equal: the model has it once."""
+    for copy in (set(form.copies) - {name for name, *_ in plan}) & set(names):
+        first, second = names[form.copies[copy]], names[copy]
+        parts = itertools.zip_longest(files.slices(first), files.slices(second), fillvalue=np.zeros(0))
+        if not all(np.array_equal(a, b) for a, b in parts):
+            raise Mistake(
+                f"{folder}: {second!r} differs from {first!r}, but config.json ties them; is tie_word_embeddings right?"
+            )
 
 
 def _sizes(path: str, shape: tuple[int, ...]) -> dict[str, int]:

@@ -72,6 +72,9 @@ def assemble(
     goal = dict(objective or {"name": "clm"})
     task = lookup.module("jaxlm.objectives", goal.pop("name", "?"))
     blueprint = Blueprint.of(model or {}, vocab=vocab, dtype=dtype)
+    if blueprint.kind not in task.KINDS:
+        trains = f"the objective {task.__name__.rpartition('.')[2]!r} trains models of the kind {', '.join(task.KINDS)}"
+        raise lookup.Mistake(f"{trains}, and config.model.name={blueprint.name!r} is of the kind {blueprint.kind}")
     tx, rate = lookup.spend("config.optimizer", optim.optimizer, optimizer, blueprint.shapes, steps=steps)
     limits = lookup.spend("config.guard", Guard, guard)
     lookup.known("config.objective", goal, lookup.keywords(task.loss))

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import jaxlm
 from jaxlm import hf, models
 from jaxlm.lookup import Mistake
-from jaxlm.models import Blueprint
+from jaxlm.models import Blueprint, llama
 
 GOLDENS = sorted(path.stem for path in (Path(__file__).parent / "goldens").glob("*.npz"))
 
@@ -180,6 +180,7 @@ def test_greedy_continuation_follows_the_largest_logit(name, lm):
     found = lm.generate(prompts, max_new_tokens=5, temperature=0)
     (wide,) = lm.generate(prompts[:1], max_new_tokens=5, temperature=0, beams=1)
     assert wide == found[0], "alone as in a batch"
+    assert lm.generate(np.array(prompts[0]), max_new_tokens=5, temperature=0) == [found[0]], "one row of an array"
     for prompt, new in zip(prompts, found):
         row = [lm.blueprint.config.start] if name in PAIRS else list(prompt)
         for token in new:
@@ -201,8 +202,8 @@ def test_beams_of_an_encoder_decoder_are_scored_by_its_logits(name, lm):
 
 def test_an_encoder_continues_nothing(tmp_path):
     lm = jaxlm.load(str(folder_of("bert", tmp_path)))
-    for ask in (lambda: lm.generate([[1, 2]]), lambda: lm.score("a")):
-        with pytest.raises(Mistake, match="bert is "):
+    for ask in (lambda: lm.generate([[1, 2]]), lambda: lm.nll(np.ones((1, 4), int))):
+        with pytest.raises(Mistake, match=r"bert is .*encoder"):
             ask()
     with pytest.raises(Mistake, match="takes no decoder_ids"):
         lm.logits([1], decoder_ids=[2])
@@ -278,6 +279,45 @@ def test_a_model_that_transformers_does_not_have_is_not_exported():
     )
     with pytest.raises(Mistake, match="no model of transformers is this llama: llama has no"):
         models.to_hugging_face(odd)
+
+
+def test_a_second_copy_of_a_tied_parameter_has_to_be_equal(name, tmp_path):
+    """Which of two would count? The model has one."""
+    folder = folder_of(name, tmp_path)
+    _, form = models.of_hugging_face(str(folder), hf.read_config(folder))
+    weights = load_file(folder / "model.safetensors")
+    for copy, first in form.copies.items():
+        if copy in weights or first not in weights:
+            continue  # not tied in this one
+        save_file(weights | {copy: weights[first].copy()}, folder / "model.safetensors")
+        jaxlm.load(str(folder))
+        other = weights[first].copy()
+        other.flat[-1] += 1
+        save_file(weights | {copy: other}, folder / "model.safetensors")
+        with pytest.raises(Mistake, match=f"'{copy}' differs from '{first}'"):
+            jaxlm.load(str(folder))
+
+
+QWEN = dict(model_type="qwen2", num_hidden_layers=2, sliding_window=8)
+
+
+@pytest.mark.parametrize(
+    "config, windows",
+    [
+        (QWEN, [None, None]),  # not unless it is said
+        (QWEN | dict(use_sliding_window=True, max_window_layers=1), [None, 8]),
+        (QWEN | dict(use_sliding_window=True), [None, None]),  # from the 28th layer on
+        (QWEN | dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]), [None, 8]),
+        (QWEN | dict(model_type="mistral"), [8, 8]),
+        (QWEN | dict(model_type="llama"), [None, None]),
+    ],
+)
+def test_the_layers_that_have_a_window(config, windows):
+    whole = json.loads(str(golden("qwen2")["config"]))
+    for key in ("layer_types", "use_sliding_window", "max_window_layers"):
+        whole.pop(key, None)
+    found = llama.HF[config["model_type"]].read(whole | config, set())
+    assert llama.Config(vocab=8, **found).windows == windows
 
 
 def test_without_a_tokenizer_text_is_a_mistake(tmp_path):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxlm import axes, step
+from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
 from jaxlm.nn.loss import Sums
 from jaxlm.objectives import clm
@@ -108,6 +109,15 @@ def test_dropout_differs_from_step_to_step_and_part_to_part(batch):
     _, metrics = run(model, [same, same], still)
     _, again = run(model, [same, same], still)
     assert metrics[0]["loss"] == again[0]["loss"] != metrics[1]["loss"] == again[1]["loss"]
+
+
+@pytest.mark.parametrize("name, kind", [("bert", "encoder"), ("t5", "encoder-decoder")])
+def test_a_model_that_sees_what_it_has_to_predict_is_a_mistake(name, kind):
+    """Its loss would fall to zero, and mean nothing."""
+    model = dict(name=name, layers=1, width=8, heads=2, mlp_width=16)
+    how = dict(optimizer=dict(name="sgd", lr=0.1), steps=1, vocab=V, mesh=axes.mesh(), rules=axes.RULES)
+    with pytest.raises(Mistake, match=f"'clm' trains models of the kind decoder, and .* is of the kind {kind}"):
+        step.assemble(model=model, **how)
 
 
 def test_the_state_is_placed_as_its_parameters_are(blueprint):

@@ -72,13 +72,20 @@ class Blueprint:
 
     def flops_per_token(self, length: int) -> float:
         """Model FLOPs of one token's forward and backward pass: 6 a parameter that multiplies, and attention over
-        `length` keys.
+        `length` keys. Of experts those count that a token is sent to; of an encoder-decoder, one token of each.
 
         PaLM's count (arXiv:2204.02311, appendix B), without a discount for the causal mask.
         """
+        c = self.config
+        attentions = c.layers
+        if self.kind == "encoder-decoder":
+            attentions += 2 * (c.decoder_layers or c.layers)
         idle = {"positions_TD"} | ({"embed_VD"} if "untied_VD" in self.shapes else set())
         active = self.size - sum(math.prod(self.shapes[name].shape) for name in idle & set(self.shapes))
-        return 6 * active + 12 * self.config.layers * self.config.heads * self.config.head_width * length
+        for path, x in jax.tree_util.tree_leaves_with_path(self.shapes):
+            if (axes.of(axes.name_of(path)) or "").startswith("E"):
+                active -= math.prod(x.shape) * (c.experts - c.chosen) // c.experts
+        return 6 * active + 12 * attentions * c.heads * c.head_width * length
 
 
 def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Format]:

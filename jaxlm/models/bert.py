@@ -272,7 +272,8 @@ def _read_modernbert(config: Mapping[str, Any], names: Set[str]) -> dict[str, An
             raise Mistake(f"config.json: layer_types {kinds} are not global at every so-manyth layer")
     wide, near = (hf.read_rope(config, which)["rope_base"] for which in ("full_attention", "sliding_attention"))
     if "global_rope_theta" in config:
-        wide, near = config["global_rope_theta"], config["local_rope_theta"]
+        wide = config["global_rope_theta"]
+        near = config.get("local_rope_theta") or wide
     return dict(
         context=config["max_position_embeddings"], types=0, layers=config["num_hidden_layers"],
         width=config["hidden_size"], heads=config["num_attention_heads"], mlp_width=config["intermediate_size"],
@@ -294,32 +295,21 @@ def _write_modernbert(c: Config) -> dict[str, Any]:
 
 def _tensors(body: str, layer: str, names: str) -> dict[str, tuple[str, str]]:
     """The encoder's tensors; `names` are those of the layer's parts, in the order below."""
-    q, k, v, o, norm1, up, down, norm2 = (f"{layer}.{name}" for name in names.split())
+    *attention, norm1, up, down, norm2 = names.split()
+    norm1, up, down, norm2 = (f"{layer}.{name}" for name in (norm1, up, down, norm2))
     table = {
         f"{body}.embeddings.word_embeddings.weight": ("embed_VD", "V D -> V D"),
         f"{body}.embeddings.position_embeddings.weight": ("positions_TD", "T D -> T D"),
         f"{body}.embeddings.token_type_embeddings.weight": ("types_CD", "C D -> C D"),
         f"{body}.pooler.dense.weight": ("pooler.w_DD", "out D -> D out"),
         f"{body}.pooler.dense.bias": ("pooler.bias_D", "D -> D"),
-        f"{q}.weight": ("blocks.attn.wq_DNH", "(N H) D -> D N H"),
-        f"{q}.bias": ("blocks.attn.bias_q_NH", "(N H) -> N H"),
-        f"{k}.weight": ("blocks.attn.wk_DKH", "(K H) D -> D K H"),
-        f"{k}.bias": ("blocks.attn.bias_k_KH", "(K H) -> K H"),
-        f"{v}.weight": ("blocks.attn.wv_DKH", "(K H) D -> D K H"),
-        f"{v}.bias": ("blocks.attn.bias_v_KH", "(K H) -> K H"),
-        f"{o}.weight": ("blocks.attn.wo_NHD", "D (N H) -> N H D"),
-        f"{o}.bias": ("blocks.attn.bias_D", "D -> D"),
+        **hf.attention(layer, "blocks.attn", " ".join(attention)),
         f"{up}.weight": ("blocks.mlp.up_DF", "F D -> D F"),
         f"{up}.bias": ("blocks.mlp.bias_F", "F -> F"),
         f"{down}.weight": ("blocks.mlp.down_FD", "D F -> F D"),
         f"{down}.bias": ("blocks.mlp.bias_D", "D -> D"),
     }
-    return table | _norms({f"{body}.embeddings.LayerNorm": "norm", norm1: "blocks.norm1", norm2: "blocks.norm2"})
-
-
-def _norms(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    both = {f"{theirs}.weight": (f"{ours}.scale_D", "D -> D") for theirs, ours in names.items()}
-    return both | {f"{theirs}.bias": (f"{ours}.bias_D", "D -> D") for theirs, ours in names.items()}
+    return table | hf.norms({f"{body}.embeddings.LayerNorm": "norm", norm1: "blocks.norm1", norm2: "blocks.norm2"})
 
 
 def _head(dense: str, norm: str, bias: str) -> dict[str, tuple[str, str]]:
@@ -327,7 +317,7 @@ def _head(dense: str, norm: str, bias: str) -> dict[str, tuple[str, str]]:
         f"{dense}.weight": ("transform.w_DD", "out D -> D out"),
         f"{dense}.bias": ("transform.bias_D", "D -> D"),
         bias: ("bias_V", "V -> V"),
-        **_norms({norm: "transform_norm"}),
+        **hf.norms({norm: "transform_norm"}),
     }
 
 
@@ -345,7 +335,10 @@ HF = {
     "bert": hf.Format(
         architecture=lambda c: "BertForPreTraining" if c.next else "BertForMaskedLM" if c.masked else "BertModel",
         read=_read_bert, write=_write_bert, prefix="bert.", ignored=(r".*embeddings\.position_ids",),
-        copies=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+        copies={
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
         tensors={
             **_tensors("bert", "bert.encoder.layer.{i}", _PARTS),
             **_head("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
@@ -356,7 +349,10 @@ HF = {
     "roberta": hf.Format(
         architecture=lambda c: "RobertaForMaskedLM" if c.masked else "RobertaModel",
         read=_read_bert, write=_write_bert, prefix="roberta.", ignored=(r".*embeddings\.position_ids",),
-        copies=("lm_head.decoder.weight", "lm_head.decoder.bias"),
+        copies={
+            "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+            "lm_head.decoder.bias": "lm_head.bias",
+        },
         tensors={
             **_tensors("roberta", "roberta.encoder.layer.{i}", _PARTS),
             **_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
@@ -364,7 +360,8 @@ HF = {
     ),
     "distilbert": hf.Format(
         architecture=lambda c: "DistilBertForMaskedLM" if c.masked else "DistilBertModel",
-        read=_read_distilbert, write=_write_distilbert, prefix="distilbert.", copies=("vocab_projector.weight",),
+        read=_read_distilbert, write=_write_distilbert, prefix="distilbert.",
+        copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
         tensors={
             **_tensors("distilbert", "distilbert.transformer.layer.{i}", _DISTILLED),
             **_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
@@ -372,7 +369,8 @@ HF = {
     ),
     "modernbert": hf.Format(
         architecture=lambda c: "ModernBertForMaskedLM" if c.masked else "ModernBertModel",
-        read=_read_modernbert, write=_write_modernbert, prefix="model.", copies=("decoder.weight",),
+        read=_read_modernbert, write=_write_modernbert, prefix="model.",
+        copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
         absent=("model.layers.0.attn_norm.weight",),
         tensors={
             "model.embeddings.tok_embeddings.weight": ("embed_VD", "V D -> V D"),

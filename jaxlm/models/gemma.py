@@ -203,12 +203,7 @@ _LAYER = "model.layers.{i}."
 _TENSORS = {
     "model.embed_tokens.weight": ("embed_VD", "V D -> V D"),
     _LAYER + "input_layernorm.weight": ("blocks.norm1.scale_D", "D -> D"),
-    _LAYER + "self_attn.q_proj.weight": ("blocks.attn.wq_DNH", "(N H) D -> D N H"),
-    _LAYER + "self_attn.k_proj.weight": ("blocks.attn.wk_DKH", "(K H) D -> D K H"),
-    _LAYER + "self_attn.v_proj.weight": ("blocks.attn.wv_DKH", "(K H) D -> D K H"),
-    _LAYER + "self_attn.o_proj.weight": ("blocks.attn.wo_NHD", "D (N H) -> N H D"),
-    _LAYER + "self_attn.q_norm.weight": ("blocks.attn.q_norm.scale_H", "H -> H"),
-    _LAYER + "self_attn.k_norm.weight": ("blocks.attn.k_norm.scale_H", "H -> H"),
+    **hf.attention(_LAYER + "self_attn", "blocks.attn"),
     _LAYER + "post_attention_layernorm.weight": ("blocks.after1.scale_D", "D -> D"),
     _LAYER + "pre_feedforward_layernorm.weight": ("blocks.norm2.scale_D", "D -> D"),
     _LAYER + "mlp.gate_proj.weight": ("blocks.mlp.gate_DF", "F D -> D F"),
@@ -220,7 +215,7 @@ _TENSORS = {
 HF = {
     kind: hf.Format(
         architecture=architecture, read=_read, write=functools.partial(_write, kind=kind), tensors=_TENSORS,
-        prefix="model.", copies=("lm_head.weight",),
+        prefix="model.", copies={"lm_head.weight": "model.embed_tokens.weight"},
     )
     for kind, architecture in dict(gemma2="Gemma2ForCausalLM", gemma3_text="Gemma3ForCausalLM").items()
 }  # fmt: skip

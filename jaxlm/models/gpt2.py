@@ -157,13 +157,12 @@ def _write(c: Config) -> dict[str, Any]:
 _LAYER = "transformer.h.{i}."
 HF = {
     "gpt2": hf.Format(
-        architecture="GPT2LMHeadModel", read=_read, write=_write, prefix="transformer.", copies=("lm_head.weight",),
+        architecture="GPT2LMHeadModel", read=_read, write=_write, prefix="transformer.",
+        copies={"lm_head.weight": "transformer.wte.weight"},
         ignored=(r".*\.attn\.(masked_)?bias",),  # the causal mask, in older files
         tensors={
             "transformer.wte.weight": ("embed_VD", "V D -> V D"),
             "transformer.wpe.weight": ("positions_TD", "T D -> T D"),
-            _LAYER + "ln_1.weight": ("blocks.norm1.scale_D", "D -> D"),
-            _LAYER + "ln_1.bias": ("blocks.norm1.bias_D", "D -> D"),
             _LAYER + "attn.c_attn.weight": (
                 tuple(f"blocks.attn.{w}" for w in ("wq_DNH", "wk_DKH", "wv_DKH")), "D (three N H) -> three D N H"
             ),
@@ -172,14 +171,11 @@ HF = {
             ),
             _LAYER + "attn.c_proj.weight": ("blocks.attn.wo_NHD", "(N H) D -> N H D"),
             _LAYER + "attn.c_proj.bias": ("blocks.attn.bias_D", "D -> D"),
-            _LAYER + "ln_2.weight": ("blocks.norm2.scale_D", "D -> D"),
-            _LAYER + "ln_2.bias": ("blocks.norm2.bias_D", "D -> D"),
             _LAYER + "mlp.c_fc.weight": ("blocks.mlp.up_DF", "D F -> D F"),
             _LAYER + "mlp.c_fc.bias": ("blocks.mlp.bias_F", "F -> F"),
             _LAYER + "mlp.c_proj.weight": ("blocks.mlp.down_FD", "F D -> F D"),
             _LAYER + "mlp.c_proj.bias": ("blocks.mlp.bias_D", "D -> D"),
-            "transformer.ln_f.weight": ("norm.scale_D", "D -> D"),
-            "transformer.ln_f.bias": ("norm.bias_D", "D -> D"),
+            **hf.norms({_LAYER + "ln_1": "blocks.norm1", _LAYER + "ln_2": "blocks.norm2", "transformer.ln_f": "norm"}),
         },
     )
 }  # fmt: skip

@@ -176,13 +176,7 @@ SIZES = {
 def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, hidden_act="silu", mlp_bias=False)
     kind, heads = config["model_type"], config["num_attention_heads"]
-    window = config.get("sliding_window") if kind != "llama" and config.get("use_sliding_window", True) else None
-    types = config.get("layer_types") or []
-    first = types.index("sliding_attention") if window and "sliding_attention" in types else 0
-    if window and types and types != ["full_attention"] * first + ["sliding_attention"] * (len(types) - first):
-        if "sliding_attention" in types:
-            raise lookup.Mistake("config.json: layer_types change more than once; this family has one change at most")
-        window = None
+    window, first = _window(config)
     bias = "qkv" if kind == "qwen2" else "all" if config.get("attention_bias") else "none"
     return dict(
         context=config["max_position_embeddings"], layers=config["num_hidden_layers"], width=config["hidden_size"],
@@ -191,6 +185,22 @@ def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
         norm_eps=config.get("rms_norm_eps", 1e-6), tied=config.get("tie_word_embeddings", False), bias=bias,
         qk_norm=kind == "qwen3", window=window, window_from=first, **hf.read_rope(config),
     )  # fmt: skip
+
+
+def _window(config: Mapping[str, Any]) -> tuple[int | None, int]:
+    """The sliding window and the first layer that has it."""
+    kind, window, types = config["model_type"], config.get("sliding_window"), config.get("layer_types")
+    if not window or not dict(llama=False, mistral=True).get(kind, config.get("use_sliding_window", False)):
+        return None, 0
+    if not types:  # as older Qwens are written
+        first = 0 if kind == "mistral" else config.get("max_window_layers", 28)
+        return (window, first) if first < config["num_hidden_layers"] else (None, 0)
+    if "sliding_attention" not in types:
+        return None, 0
+    first = types.index("sliding_attention")
+    if types != ["full_attention"] * first + ["sliding_attention"] * (len(types) - first):
+        raise lookup.Mistake("config.json: layer_types change more than once; this family has one change at most")
+    return window, first
 
 
 def _write(c: Config, kind: str) -> dict[str, Any]:
@@ -211,16 +221,7 @@ _LAYER = "model.layers.{i}."
 _TENSORS = {
     "model.embed_tokens.weight": ("embed_VD", "V D -> V D"),
     _LAYER + "input_layernorm.weight": ("blocks.norm1.scale_D", "D -> D"),
-    _LAYER + "self_attn.q_proj.weight": ("blocks.attn.wq_DNH", "(N H) D -> D N H"),
-    _LAYER + "self_attn.k_proj.weight": ("blocks.attn.wk_DKH", "(K H) D -> D K H"),
-    _LAYER + "self_attn.v_proj.weight": ("blocks.attn.wv_DKH", "(K H) D -> D K H"),
-    _LAYER + "self_attn.o_proj.weight": ("blocks.attn.wo_NHD", "D (N H) -> N H D"),
-    _LAYER + "self_attn.q_proj.bias": ("blocks.attn.bias_q_NH", "(N H) -> N H"),
-    _LAYER + "self_attn.k_proj.bias": ("blocks.attn.bias_k_KH", "(K H) -> K H"),
-    _LAYER + "self_attn.v_proj.bias": ("blocks.attn.bias_v_KH", "(K H) -> K H"),
-    _LAYER + "self_attn.o_proj.bias": ("blocks.attn.bias_D", "D -> D"),
-    _LAYER + "self_attn.q_norm.weight": ("blocks.attn.q_norm.scale_H", "H -> H"),
-    _LAYER + "self_attn.k_norm.weight": ("blocks.attn.k_norm.scale_H", "H -> H"),
+    **hf.attention(_LAYER + "self_attn", "blocks.attn"),
     _LAYER + "post_attention_layernorm.weight": ("blocks.norm2.scale_D", "D -> D"),
     _LAYER + "mlp.gate_proj.weight": ("blocks.mlp.gate_DF", "F D -> D F"),
     _LAYER + "mlp.up_proj.weight": ("blocks.mlp.up_DF", "F D -> D F"),
@@ -231,7 +232,7 @@ _TENSORS = {
 HF = {
     kind: hf.Format(
         architecture=architecture, read=_read, write=functools.partial(_write, kind=kind), tensors=_TENSORS,
-        prefix="model.", ignored=(r".*rotary_emb\.inv_freq",), copies=("lm_head.weight",),
+        prefix="model.", ignored=(r".*rotary_emb\.inv_freq",), copies={"lm_head.weight": "model.embed_tokens.weight"},
     )
     for kind, architecture in dict(
         llama="LlamaForCausalLM", mistral="MistralForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM",

@@ -194,16 +194,7 @@ def _tensors(moe: str, gate: str, up: str, down: str) -> dict[str, tuple[str, st
     return {
         "model.embed_tokens.weight": ("embed_VD", "V D -> V D"),
         layer + "input_layernorm.weight": ("blocks.norm1.scale_D", "D -> D"),
-        layer + "self_attn.q_proj.weight": ("blocks.attn.wq_DNH", "(N H) D -> D N H"),
-        layer + "self_attn.k_proj.weight": ("blocks.attn.wk_DKH", "(K H) D -> D K H"),
-        layer + "self_attn.v_proj.weight": ("blocks.attn.wv_DKH", "(K H) D -> D K H"),
-        layer + "self_attn.o_proj.weight": ("blocks.attn.wo_NHD", "D (N H) -> N H D"),
-        layer + "self_attn.q_proj.bias": ("blocks.attn.bias_q_NH", "(N H) -> N H"),
-        layer + "self_attn.k_proj.bias": ("blocks.attn.bias_k_KH", "(K H) -> K H"),
-        layer + "self_attn.v_proj.bias": ("blocks.attn.bias_v_KH", "(K H) -> K H"),
-        layer + "self_attn.o_proj.bias": ("blocks.attn.bias_D", "D -> D"),
-        layer + "self_attn.q_norm.weight": ("blocks.attn.q_norm.scale_H", "H -> H"),
-        layer + "self_attn.k_norm.weight": ("blocks.attn.k_norm.scale_H", "H -> H"),
+        **hf.attention(layer + "self_attn", "blocks.attn"),
         layer + "post_attention_layernorm.weight": ("blocks.norm2.scale_D", "D -> D"),
         layer + moe + ".gate.weight": ("blocks.moe.router_DE", "E D -> D E"),
         expert + gate + ".weight": ("blocks.moe.gate_EDF", "F D -> D F"),
@@ -214,13 +205,14 @@ def _tensors(moe: str, gate: str, up: str, down: str) -> dict[str, tuple[str, st
     }
 
 
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 HF = {
     "mixtral": hf.Format(
         architecture="MixtralForCausalLM", read=_read, write=functools.partial(_write, kind="mixtral"),
-        tensors=_tensors("block_sparse_moe", "w1", "w3", "w2"), prefix="model.", copies=("lm_head.weight",),
+        tensors=_tensors("block_sparse_moe", "w1", "w3", "w2"), prefix="model.", copies=_TIED,
     ),
     "qwen3_moe": hf.Format(
         architecture="Qwen3MoeForCausalLM", read=_read, write=functools.partial(_write, kind="qwen3_moe"),
-        tensors=_tensors("mlp", "gate_proj", "up_proj", "down_proj"), prefix="model.", copies=("lm_head.weight",),
+        tensors=_tensors("mlp", "gate_proj", "up_proj", "down_proj"), prefix="model.", copies=_TIED,
     ),
 }  # fmt: skip

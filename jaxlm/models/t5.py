@@ -19,7 +19,7 @@ from jaxlm.axes import shaped
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import Head, dense, dropout, embed, normal
-from jaxlm.nn.mask import Mask
+from jaxlm.nn.mask import Mask, across
 from jaxlm.nn.mlp import GatedMLP
 from jaxlm.nn.norms import RMSNorm
 from jaxlm.nn.positions import RelativeBias
@@ -155,11 +155,9 @@ class Model(nnx.Module):
 
         `memory_BSD` is what `encode` gave; a cache from `remember` holds it already.
         """
-        if cache is not None:
-            memory_segments_BS = cache.real_BS
         x_BTD, cache = self.decoder(
             embed(self.embed_VD, tokens_BT), Mask(segments_BT=segments_BT), memory_BSD,
-            Mask(causal=False, segments_BT=segments_BT, keys_BS=memory_segments_BS), cache, key,
+            across(segments_BT, memory_segments_BS if cache is None else cache.real_BS), cache, key,
         )  # fmt: skip
         x_BTD = x_BTD * self.config.width**-0.5 if self.config.scaled else x_BTD
         return x_BTD, cache and cache.grow(tokens_BT.shape[1])
@@ -181,14 +179,7 @@ class Model(nnx.Module):
     @shaped
     def remember(self, cache: Cache, memory_BSD, real_BS) -> Cache:
         """The cache with every layer's keys and values of the encoder's states; `real_BS` is 0 for padding."""
-        blocks = self.decoder.blocks
-        graph, params = nnx.split(blocks)
-
-        def read(params):
-            return nnx.merge(graph, params).cross.keys_values(memory_BSD)  # type: ignore[union-attr]
-
-        cross = jax.vmap(read)(params)
-        return dataclasses.replace(cache, cross=cross, real_BS=real_BS)
+        return cache.remember(self.decoder.blocks, memory_BSD, real_BS)
 
 
 _V11 = dict(scaled=False, tied=False, mlp="gelu")
@@ -236,13 +227,7 @@ def _write(c: Config, kind: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _attention(theirs: str, ours: str) -> dict[str, tuple[str, str]]:
-    return {
-        f"{theirs}.q.weight": (f"{ours}.wq_DNH", "(N H) D -> D N H"),
-        f"{theirs}.k.weight": (f"{ours}.wk_DKH", "(K H) D -> D K H"),
-        f"{theirs}.v.weight": (f"{ours}.wv_DKH", "(K H) D -> D K H"),
-        f"{theirs}.o.weight": (f"{ours}.wo_NHD", "D (N H) -> N H D"),
-    }
+_QKVO = "q k v o"
 
 
 def _stack(side: str, mlp: int) -> dict[str, tuple[str, str]]:
@@ -250,7 +235,7 @@ def _stack(side: str, mlp: int) -> dict[str, tuple[str, str]]:
     return {
         f"{first}.relative_attention_bias.weight": (f"{side}.bias.table_CN", "C N -> C N"),
         f"{layer}.0.layer_norm.weight": (f"{side}.blocks.norm1.scale_D", "D -> D"),
-        **_attention(f"{layer}.0.SelfAttention", f"{side}.blocks.attn"),
+        **hf.attention(f"{layer}.0.SelfAttention", f"{side}.blocks.attn", _QKVO),
         f"{layer}.{mlp}.layer_norm.weight": (f"{side}.blocks.norm2.scale_D", "D -> D"),
         f"{layer}.{mlp}.DenseReluDense.wi.weight": (f"{side}.blocks.mlp.in_DF", "F D -> D F"),
         f"{layer}.{mlp}.DenseReluDense.wi_0.weight": (f"{side}.blocks.mlp.gate_DF", "F D -> D F"),
@@ -265,14 +250,14 @@ _TENSORS = {
     **_stack("encoder", 1),
     **_stack("decoder", 2),
     "decoder.block.{i}.layer.1.layer_norm.weight": ("decoder.blocks.cross_norm.scale_D", "D -> D"),
-    **_attention("decoder.block.{i}.layer.1.EncDecAttention", "decoder.blocks.cross"),
+    **hf.attention("decoder.block.{i}.layer.1.EncDecAttention", "decoder.blocks.cross", _QKVO),
     "lm_head.weight": ("untied_VD", "V D -> V D"),
 }
 HF = {
     kind: hf.Format(
         architecture=architecture, read=_read, write=functools.partial(_write, kind=kind),
         tensors=_TENSORS,
-        copies=("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        copies={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )
     for kind, architecture in dict(t5="T5ForConditionalGeneration", mt5="MT5ForConditionalGeneration").items()

@@ -9,7 +9,9 @@ padding.
 """
 
 import dataclasses
+from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
@@ -34,6 +36,15 @@ class Cache:
         """Room for `slots` tokens in each row, none taken."""
         shape = (layers, batch, kv_heads, slots, head_width)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+    @shaped
+    def remember(self, blocks: Any, memory_BSD: jax.Array, real_BS: jax.Array) -> "Cache":
+        """The same with the keys and values of an encoder's states for each of the decoder's stacked blocks, which read
+        them by their part `cross`; `real_BS` is 0 for padding.
+        """
+        graph, params = nnx.split(blocks)
+        cross = jax.vmap(lambda params: nnx.merge(graph, params).cross.keys_values(memory_BSD))(params)
+        return dataclasses.replace(self, cross=cross, real_BS=real_BS)
 
     @property
     def slots(self) -> int:

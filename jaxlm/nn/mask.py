@@ -11,6 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxlm.lookup import Mistake
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,16 @@ class Mask:
     segments_BT: jax.Array | None = None
     keys_BS: jax.Array | None = None
     offset_B: jax.Array | None = None
+
+
+def across(segments_BT: jax.Array | None, memory_segments_BS: jax.Array | None) -> Mask:
+    """How a decoder's tokens look at an encoder's: at all of them, at all that are real (not 0), or at their segment.
+
+    Raises `Mistake` where only the decoder's segments are known.
+    """
+    if segments_BT is not None and memory_segments_BS is None:
+        raise Mistake("a segment of the decoder reads the encoder's segment of its number: give segments_BS too")
+    return Mask(causal=False, segments_BT=segments_BT, keys_BS=memory_segments_BS)
 
 
 def ahead(mask: Mask, queries: jax.Array, keys: jax.Array) -> jax.Array:

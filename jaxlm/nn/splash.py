@@ -20,8 +20,10 @@ LANES = 128  # the kernel's blocks are multiples of the TPU's vector width
 
 def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask) -> str | None:
     """Why the kernel cannot serve these [B, N, T, H] queries and [B, K, S, H] keys; None when it can."""
-    if mask.offset_B is not None or mask.keys_BS is not None or q_shape[2] != k_shape[2]:
-        return "queries must be the tokens that the keys are, and begin where they begin (no cache)"
+    if mask.offset_B is not None:
+        return "queries must begin where the keys begin (no cache)"
+    if q_shape[2] != k_shape[2] and (mask.causal or mask.window is not None):
+        return "where order matters, queries must be the tokens that the keys are"
     return None
 
 
@@ -34,36 +36,46 @@ def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, 
     if reason:
         raise lookup.Mistake(f"attention backend 'splash': {reason}; choose 'xla' or 'chunked'")
     B, _, T, H = q_BNTH.shape
-    segments_BT = mask.segments_BT if mask.segments_BT is not None else jnp.ones((B, T), jnp.int32)
-    pad = -T % LANES
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q_BNTH * H**-0.5, k_BKSH, v_BKSH))
-    segments = jnp.pad(segments_BT.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)  # nobody's
+    queries_BT = mask.segments_BT if mask.segments_BT is not None else jnp.ones((B, T), jnp.int32)
+    keys_BS = mask.keys_BS
+    if keys_BS is None:
+        keys_BS = queries_BT if mask.segments_BT is not None else jnp.ones((B, k_BKSH.shape[2]), jnp.int32)
+    elif mask.segments_BT is None:
+        keys_BS = keys_BS > 0
+    pad = lambda x, axis, fill=0: jnp.pad(  # noqa: E731
+        x, [(0, -x.shape[i] % LANES if i == axis else 0) for i in range(x.ndim)], constant_values=fill
+    )
+    q, k, v = (pad(x, 2) for x in (q_BNTH * H**-0.5, k_BKSH, v_BKSH))
+    segments = tuple(pad(x.astype(jnp.int32), 1, fill) for x, fill in ((queries_BT, -1), (keys_BS, -2)))  # nobody's
 
     def local(q, k, v, segments):
-        attention = _kernel(q.shape[1], T + pad, mask.causal, mask.window, cap, axes.platform() != "tpu")
-        return jax.vmap(lambda q, k, v, s: attention(q, k, v, kernel.SegmentIds(s, s)))(q, k, v, segments)
+        shape = q.shape[2], k.shape[2]
+        attention = _kernel(q.shape[1], shape, mask.causal, mask.window, cap, axes.platform() != "tpu")
+        return jax.vmap(lambda q, k, v, s: attention(q, k, v, kernel.SegmentIds(*s)))(q, k, v, segments)
 
     place = axes.here()
     if place is not None and place[0].size > 1:
         mesh, rules = place
         heads = axes.spec("BKSH", k.shape, mesh, rules)  # K decides: a query head must sit with its key/value head
-        rows = axes.spec("BT", segments.shape, mesh, rules)
-        local = jax.shard_map(local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+        rows = axes.spec("BT", segments[0].shape, mesh, rules)
+        places = (heads, heads, heads, (rows, rows))
+        local = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
         q, k, v = (jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*heads))) for x in (q, k, v))
     return jnp.asarray(local(q, k, v, segments))[:, :, :T].astype(v_BKSH.dtype)
 
 
-def _kernel(heads: int, length: int, causal: bool, window: int | None, cap: float | None, interpret: bool):
-    """The compiled-in part: mask and block sizes for `heads` local heads."""
-    shape = (length, length)
+def _kernel(
+    heads: int, shape: tuple[int, int], causal: bool, window: int | None, cap: float | None, interpret: bool
+):  # fmt: skip
+    """The compiled-in part: mask and block sizes for `heads` local heads of `shape` queries x keys."""
     if window is not None:
         mask = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
     else:
         mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
-    block = math.gcd(length, 512)
+    q, kv = (math.gcd(length, 512) for length in shape)
     sizes = kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+        block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
+        use_fused_bwd_kernel=True,
     )  # fmt: skip
     make = functools.partial(kernel.make_splash_mha, head_shards=1, q_seq_shards=1, block_sizes=sizes)
     return make(mask=masks.MultiHeadMask([mask] * heads), attn_logits_soft_cap=cap, interpret=interpret)

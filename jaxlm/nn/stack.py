@@ -45,19 +45,19 @@ def scan(
     params = nnx.to_pure_dict(state)
     first = jax.tree.leaves(params, is_leaf=_is_tuple)[0]
 
-    def body(carry: Any, xs: Any, kind: tuple) -> Any:
+    def layer(carry: Any, xs: Any, kind: tuple) -> Any:
         params, extra = xs
         return step(nnx.merge(graph, params), carry, extra, *kind)
 
-    if policy is not None:
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False, static_argnums=2)
-
-    def in_a_row(carry, xs, kinds):
+    def in_a_row(carry, xs, kinds, looped=False):
         params, per_layer = xs
-        layers = jax.tree.map(_apart, params, is_leaf=_is_tuple)
+        body = layer
+        if policy is not None:  # outside a loop the compiler would share what both passes compute, and so keep it
+            body = jax.checkpoint(layer, policy=policy, prevent_cse=not looped, static_argnums=2)
+        params = jax.tree.map(_apart, params, is_leaf=_is_tuple)
         for i, kind in enumerate(kinds):
-            layer = jax.tree.map(lambda x, i=i: x[i], layers, is_leaf=_is_tuple)
-            carry = body(carry, (layer, jax.tree.map(lambda x, i=i: x[i], per_layer)), kind)
+            one = jax.tree.map(lambda x, i=i: x[i], params, is_leaf=_is_tuple)
+            carry = body(carry, (one, jax.tree.map(lambda x, i=i: x[i], per_layer)), kind)
         return carry
 
     layers = len(first)
@@ -69,8 +69,8 @@ def scan(
     part = lambda start, stop: jax.tree.map(lambda x: x[start:stop], (params, per_layer))  # noqa: E731
     fold = lambda x: x.reshape(times, period, *x.shape[1:])  # noqa: E731
     carry = in_a_row(carry, part(0, before), each[:before])
-    one = lambda carry, xs: (in_a_row(carry, xs, each[before : before + period]), None)  # noqa: E731
-    carry, _ = jax.lax.scan(one, carry, jax.tree.map(fold, part(before, until)))
+    turn = lambda carry, xs: (in_a_row(carry, xs, each[before : before + period], times > 1), None)  # noqa: E731
+    carry, _ = jax.lax.scan(turn, carry, jax.tree.map(fold, part(before, until)))
     return in_a_row(carry, part(until, layers), each[until:])
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.nn.loss import Sums, cross_entropy
 
 EXTRA = 1  # a row holds one token more than the model reads
+KINDS = ("decoder",)  # what it trains; a model that sees both sides would read off what it has to predict
 
 
 def features(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

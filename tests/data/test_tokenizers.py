@@ -104,6 +104,19 @@ def test_a_fingerprint_tells_tokenizers_apart(trained, tmp_path):
     assert len({tok.fingerprint for tok in [*trained.values(), without_bos]}) == len(SPECS) + 1
 
 
+def test_a_sentencepiece_model_is_found_by_any_name(trained, tmp_path):
+    """T5's is called spiece.model; beside a tokenizer.json, that is the one that counts."""
+    trained["bpe"].save(tmp_path / "saved")
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    assert tokenizers.find(folder) is None
+    (tmp_path / "saved" / "tokenizer.model").rename(folder / "spiece.model")
+    assert tokenizers.load(folder).encode(TEXTS[0]) == trained["bpe"].encode(TEXTS[0])
+    trained["byte_level"].save(folder)
+    (folder / tokenizers.SPEC).unlink()
+    assert tokenizers.load(folder).encode(TEXTS[0]) == trained["byte_level"].encode(TEXTS[0])
+
+
 def test_characters_are_sorted_and_nothing_else():
     tok = tokenizers.train(["hello"], dict(kind="characters"))
     assert (tok.vocab, tok.encode("hole"), tok.decode([1, 3, 2, 0])) == (4, [1, 3, 2, 0], "hole")

@@ -21,6 +21,7 @@ from jaxlm.lookup import Mistake
 
 # The module `bytes` of this folder takes that name here once it is imported, so nothing below may use the builtin.
 
+FILES = ("tokenizer.json", "*.model")  # how others name a tokenizer's file, the preferred first
 SPEC = "spec.json"  # beside a saved tokenizer's own files: which kind it is, and how to load it again
 
 
@@ -72,11 +73,15 @@ def load(source: epath.PathLike | Mapping[str, Any]) -> Tokenizer:
     if (path / SPEC).exists():
         spec = json.loads((path / SPEC).read_text())
         return _kind(spec["kind"]).load(path, **spec["load"])
-    files = [path] if path.is_file() else [*path.glob("tokenizer.json"), *path.glob("*.model")]
-    for file in files:
-        if file.suffix in (".json", ".model"):
-            return _kind("huggingface" if file.suffix == ".json" else "sentencepiece").load(file)
-    raise Mistake(f"no tokenizer at {path}: looked for {SPEC}, tokenizer.json, *.model")
+    file = path if path.is_file() else find(path)
+    if file is None or file.suffix not in (".json", ".model"):
+        raise Mistake(f"no tokenizer at {path}: looked for {SPEC}, {', '.join(FILES)}")
+    return _kind("huggingface" if file.suffix == ".json" else "sentencepiece").load(file)
+
+
+def find(folder: epath.PathLike) -> epath.Path | None:
+    """The file of a Hugging Face folder's tokenizer; None where it has none that is known here."""
+    return next((file for pattern in FILES for file in sorted(epath.Path(folder).glob(pattern))), None)
 
 
 def train(texts: Iterable[str], spec: Mapping[str, Any]) -> Tokenizer:
