@@ -80,7 +80,12 @@ def pairs() -> dict:
     sizes = dict(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4)
     sizes |= dict(decoder_start_token_id=0)
     gated = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    bart = dict(
+        vocab_size=V, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=512,
+    )  # fmt: skip
     return {
+        "bart": (tf.BartForConditionalGeneration, tf.BartConfig(**bart, scale_embedding=True)),
         "t5": (tf.T5ForConditionalGeneration, tf.T5Config(**sizes)),
         "t5-1.1": (tf.T5ForConditionalGeneration, tf.T5Config(**sizes, **gated)),
         "mt5": (tf.MT5ForConditionalGeneration, tf.MT5Config(**sizes)),
