@@ -28,6 +28,7 @@ from jaxlm.evals import perplexity
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint, Tree
 from jaxlm.nn.loss import LOGITS_AT_ONCE
+from jaxlm.reply import Reply, Row
 
 STREAM = 4  # tokens between two looks, when somebody reads along
 
@@ -55,8 +56,7 @@ def load(path: str, *, step: str | int = "newest", dtype: str = "auto") -> "LM":
 def _load_hugging_face(folder: str, dtype: str) -> "LM":
     config = hf.read_config(folder)
     section, form = models.of_hugging_face(folder, config)
-    present = any((epath.Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = tokenizers.load(folder) if present else None
+    tokenizer = tokenizers.load(folder) if tokenizers.find(folder) else None
     blueprint = Blueprint.of(
         section, vocab=section["vocab"] if tokenizer is None else tokenizer.vocab, dtype=_computed(dtype)
     )
@@ -185,7 +185,12 @@ class LM:
         return out[:, : tokens_BT.shape[1]] if out.ndim == 3 and "decoder_BT" not in where else out
 
     def nll(self, rows: np.ndarray) -> np.ndarray:
-        """Negative log-likelihood in nats [B, T] of tokens 1.. of rows [B, T + 1], each given those before it."""
+        """Negative log-likelihood in nats [B, T] of tokens 1.. of rows [B, T + 1], each given those before it.
+
+        Raises `Mistake` for a model that sees more than what came before.
+        """
+        if self.blueprint.kind != "decoder":
+            raise Mistake(f"{self.blueprint.name} is of the kind {self.blueprint.kind}: only decoders score a text")
         return np.asarray(self._nll(self.params, rows))
 
     def document(self, text: str) -> np.ndarray:
@@ -202,8 +207,6 @@ class LM:
 
         What is longer than the context is read in windows, `stride` tokens apart (half a context unless given).
         """
-        if self.blueprint.kind != "decoder":
-            raise Mistake(f"{self.blueprint.name} is of the kind {self.blueprint.kind}: only decoders score a text")
         texts = [texts] if isinstance(texts, str) else texts
         documents = ((self.document(text), len(text.encode())) for text in texts)
         return perplexity.evaluate(self.nll, documents, context=context or self.context, stride=stride, batch=batch)
@@ -228,7 +231,7 @@ class LM:
             raise Mistake(f"{self.blueprint.name} is an encoder: it fills gaps (lm.logits) but continues nothing")
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens)
         stop = [stop] if isinstance(stop, str) else list(stop)
-        alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int))
+        alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer))
         texts: list[Any] = [prompts] if alone else [*prompts]
         tokens = [self._prompt(text) for text in texts]
         in_ids = any(not isinstance(text, str) for text in texts)
@@ -346,54 +349,3 @@ def _nll(blueprint: Blueprint, params: Tree, rows: jax.Array) -> jax.Array:
 
     tokens = x_BTD.reshape(B * T, D), rows[:, 1:].reshape(B * T)
     return jax.lax.map(one, tokens, batch_size=max(1, min(B * T, LOGITS_AT_ONCE // len(head.table_VD)))).reshape(B, T)
-
-
-class Row:
-    """A continuation of token ids while they come in."""
-
-    def __init__(self):
-        self._tokens: list[int] = []
-
-    def add(self, new: list[int]) -> bool:
-        self._tokens += new
-        return False
-
-    def finish(self) -> list[int]:
-        return self._tokens
-
-
-class Reply:
-    """The text of one continuation while its tokens come in, decoded behind its prompt, on which spaces may depend.
-
-    Held back from `stream` is what later tokens may change: half a character, and what may begin a stop string.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: list[int], stop: list[str], stream: Callable[[str], object] | None = None
-    ):
-        self.text = ""
-        self._tokenizer, self._stop, self._stream = tokenizer, stop, stream
-        self._tokens, self._before, self._sent = list(prompt), len(tokenizer.decode(prompt)), 0
-
-    def add(self, new: list[int]) -> bool:
-        """Take more tokens; whether the text has ended, before a stop string."""
-        self._tokens += new
-        text = self._tokenizer.decode(self._tokens)[self._before :]
-        ends = [text.index(stop) for stop in self._stop if stop in text]
-        self.text = text[: min(ends)] if ends else text
-        self._send(len(self.text) if ends else len(text) - self._held(text))
-        return bool(ends)
-
-    def finish(self) -> str:
-        """Send what was held back; returns the whole text."""
-        self._send(len(self.text))
-        return self.text
-
-    def _held(self, text: str) -> int:
-        begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(len(text) - len(text.rstrip("\ufffd")), *begun, 0)
-
-    def _send(self, upto: int) -> None:
-        if self._stream and upto > self._sent:
-            self._stream(self.text[self._sent : upto])
-            self._sent = upto

@@ -12,9 +12,10 @@ import jaxlm
 from jaxlm import checkpoint
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
-from jaxlm.lm import LM, Reply
+from jaxlm.lm import LM
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from jaxlm.reply import Reply
 
 CONTEXT = 48
 TEXTS = ["the cat sat on the mat ", "naïve café — 日本語 🙂 ", "def f(x):\n    return x\n", "one  two   three"] * 4
