@@ -1,6 +1,7 @@
 """Promises that every trainable model family keeps. A new file in jaxlm/models joins by being there."""
 
 import dataclasses
+import functools
 import importlib
 
 from flax import nnx
@@ -11,7 +12,7 @@ import pytest
 
 from jaxlm import axes, lookup
 from jaxlm.models import Blueprint
-from jaxlm.nn.attention import BACKENDS
+from jaxlm.nn.attention import BACKENDS, KERNELS
 from jaxlm.objectives import clm
 
 MODELS = [
@@ -68,13 +69,26 @@ def tokens_BT():
     return jax.random.randint(jax.random.key(0), (2, T), 0, V)
 
 
+@functools.cache
+def reader(name, **more):
+    return jax.jit(lambda p, t, w: read(blueprint(name, **more).bind(p), t, **w))
+
+
 def logits_of(name, params, tokens_BT, **where):
     more = {"attention": where.pop("backend")} if "backend" in where else {}
-    return jax.jit(lambda p, t, w: read(blueprint(name, **more).bind(p), t, **w))(params, tokens_BT, where)
+    return reader(name, **more)(params, tokens_BT, where)
 
 
-@decoders
-@pytest.mark.parametrize("backend", BACKENDS)
+IN_KERNELS = ("llama", "bert")  # interpreted kernels are slow: a decoder and an encoder; tests/nn does the rest
+
+
+def with_backend(names):
+    """Every family in every backend; for kernels, those of `IN_KERNELS`."""
+    pairs = [(n, b) for n in names for b in BACKENDS if b not in KERNELS or n in IN_KERNELS]
+    return pytest.mark.parametrize("name, backend", pairs, indirect=["name"], scope="module")
+
+
+@with_backend(DECODERS)
 def test_the_future_cannot_change_the_past(name, params, tokens_BT, backend):
     before = logits_of(name, params, tokens_BT, backend=backend)
     after = logits_of(name, params, tokens_BT.at[:, 7].add(1) % V, backend=backend)
@@ -82,22 +96,16 @@ def test_the_future_cannot_change_the_past(name, params, tokens_BT, backend):
     assert np.abs(before[:, 7:] - after[:, 7:]).max(axis=(0, 2)).min() > 1e-4, "and it must change every later token"
 
 
-UNABLE = [("t5", "splash")]  # its scores have a bias, which the kernel cannot add
-name_and_backend = pytest.mark.parametrize(
-    "name, backend",
-    [(n, b) for n in MODELS for b in BACKENDS if (n, b) not in UNABLE],
-    indirect=["name"],
-    scope="module",
-)
+UNABLE = [("t5", "splash"), ("t5", "triton"), ("gemma", "triton")]
 
 
-def test_a_backend_that_is_not_able_says_so(tokens_BT):
-    for name, backend in UNABLE:
-        with pytest.raises(lookup.Mistake, match=f"'{backend}' .*; choose 'xla' or 'chunked'"):
-            logits_of(name, blueprint(name).init(0), tokens_BT, backend=backend)
+@pytest.mark.parametrize("name, backend", UNABLE, indirect=["name"])
+def test_a_backend_that_is_not_able_says_so(name, tokens_BT, backend):
+    with pytest.raises(lookup.Mistake, match=f"'{backend}': .*; choose 'xla' or 'chunked'"):
+        logits_of(name, blueprint(name).init(0), tokens_BT, backend=backend)
 
 
-@name_and_backend
+@with_backend(MODELS)
 def test_a_packed_neighbour_changes_nothing(name, params, tokens_BT, backend):
     segments_BT = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3] * 2)
     packed = logits_of(name, params, tokens_BT, segments_BT=segments_BT, backend=backend)
@@ -107,10 +115,11 @@ def test_a_packed_neighbour_changes_nothing(name, params, tokens_BT, backend):
     np.testing.assert_array_equal(packed[:, 5:9], swapped[:, 5:9])
 
 
-@name_and_backend
+@with_backend(MODELS)
 def test_a_packed_neighbour_changes_no_gradient(name, params, tokens_BT, backend):
     """The gradient of two packed documents is the sum of each one's own."""
     model = blueprint(name, attention=backend)
+    run = jax.jit(jax.grad(lambda p, batch: objective(model.bind(p), batch)))
 
     def gradient(tokens, segments):
         row = {"tokens": np.asarray(tokens), "segments": np.asarray(segments)}
@@ -118,8 +127,7 @@ def test_a_packed_neighbour_changes_no_gradient(name, params, tokens_BT, backend
             row = clm.features(row)
         else:  # any label, for every token
             row |= {"labels": row["tokens"] * 7 % V, "weights": (row["segments"] > 0).astype(np.float32)}
-        batch = {k: jnp.asarray(v)[None] for k, v in row.items()}
-        return jax.jit(jax.grad(lambda p: objective(model.bind(p), batch)))(params)
+        return run(params, {k: jnp.asarray(v)[None] for k, v in row.items()})
 
     document = np.asarray(tokens_BT[0])
     both = gradient(document, [1] * 5 + [2] * 7)
