@@ -6,7 +6,8 @@ jaxlm runs on, and runs interpreted on a CPU, so that tests hold its numbers to 
 cuDNN       `jax.nn.dot_product_attention` shows its lengths, not its segment offsets; a mask of segments is B T S large
 tokamax     asks for JAX 0.11 and Python 3.12; its public mask is B T S booleans, ranges of keys are internal
 
-JAX 0.12 warns that tokamax will take the place of its kernel; it is imported when it is asked for.
+JAX 0.12 still has it, but warns that this kernel and Pallas by Triton will go, for tokamax. So it is imported when
+it is asked for, and where it is gone, `auto` does without.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ from jaxlm.nn import kernels
 from jaxlm.nn.mask import Mask
 
 PLATFORM = "gpu"
-SOURCE = "jax.experimental.pallas.ops.gpu"
+SOURCE = "jax.experimental.pallas.ops.gpu.attention"
 BYTES = 128  # of one channel of the tokens in a block: 64 in bfloat16, which the smallest GPUs' shared memory holds
 NARROW, WIDE = 16, 128  # heads: a tensor core's smallest tile; the widest that JAX tests on GPUs
 
@@ -38,14 +39,14 @@ def refuses(
         return f"heads are {q_shape[3]} wide, and its tiles hold {WIDE}"
     if str(getattr(axes.device(), "compute_capability", "")).startswith(("5.", "6.", "7.")):
         return "it needs a GPU of compute capability 8.0 or newer"
-    if importlib.util.find_spec(f"{SOURCE}.attention") is None:
+    if importlib.util.find_spec(SOURCE) is None:
         return "this JAX has it no more"
     return kernels.refuses(q_shape, k_shape, mask, biased)
 
 
 def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, cap: float | None = None) -> jax.Array:
     """Attention by the kernel: [B, N, T, H] in v's dtype. On anything but a GPU it runs interpreted (for tests)."""
-    kernel = importlib.import_module(f"{SOURCE}.attention")
+    kernel = importlib.import_module(SOURCE)
     H, block = q_BNTH.shape[-1], BYTES // q_BNTH.dtype.itemsize
     sizes = kernel.BlockSizes(
         block_q=block, block_k=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block

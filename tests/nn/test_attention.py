@@ -4,11 +4,13 @@ import types
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
 import numpy as np
 import pytest
 
 from jaxlm import axes
 from jaxlm.lookup import Mistake
+from jaxlm.nn import triton
 from jaxlm.nn.attention import BACKENDS, KERNELS, Mask, attend, choose, chunked
 
 B, N, K, T, H = 2, 4, 2, 130, 8
@@ -167,13 +169,15 @@ def gpu(monkeypatch):
 def test_for_a_gpu_attention_is_triton_kernels_forward_and_backward(gpu, head_width):
     q, k = (jax.ShapeDtypeStruct((B, n, T, head_width), jnp.bfloat16) for n in (N, K))
     gradient = jax.grad(lambda *qkv: attend(*qkv, MASKS["segments"]).astype(jnp.float32).sum(), argnums=(0, 1, 2))
-    text = jax.jit(gradient).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=h100)):
+        text = jax.jit(gradient).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
     for name in ("mha_forward", "mha_preprocess_backward", "mha_backward"):
         assert f'name = "{name}"' in text
 
 
-def test_auto_takes_the_gpus_kernel_where_it_applies_and_no_other(gpu):
+def test_auto_takes_the_gpus_kernel_where_it_applies_and_no_other(gpu, monkeypatch):
     shape = (1, 8, 2048, 64)
     assert choose(shape, shape, Mask(segments_BT=jnp.ones((1, 2048)))) == "triton"
     assert choose(shape, shape, Mask(window=4096)) == "triton", "a window wider than the row hides nothing"
@@ -182,4 +186,8 @@ def test_auto_takes_the_gpus_kernel_where_it_applies_and_no_other(gpu):
     assert choose((1, 8, 1, 64), shape, Mask(offset_B=jnp.zeros(1))) == "xla"
     assert choose((1, 8, 2048, 256), (1, 8, 2048, 256), Mask()) == "chunked"
     gpu.compute_capability = "7.5"
+    assert choose(shape, shape, Mask()) == "chunked"
+    gpu.compute_capability = "10.0"
+    assert choose(shape, shape, Mask()) == "triton"
+    monkeypatch.setattr(triton, "SOURCE", "jax.gone")
     assert choose(shape, shape, Mask()) == "chunked"
