@@ -40,6 +40,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     from jaxlm import axes, step
 
     imported = time.perf_counter() - began
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as `jaxlm train` does
     mesh = axes.mesh(devices=jax.devices()[:1])
     with axes.on(mesh):
         parts = step.assemble(

@@ -76,7 +76,7 @@ class Engine:
     def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None):
         self.blueprint, self.params, self.vocab = blueprint, settle(params), vocab or blueprint.config.vocab
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
-        self.decoding = weights.lay(self.params) if self.in_a_row else self.params
+        self.decoding = weights.lay(self.params, blueprint.config.dtype) if self.in_a_row else self.params
         self.traces = dict(prefill=0, decode=0)
         self.prefill = jax.jit(self._prefill, static_argnames="slots")
         self.decode = jax.jit(self._decode, donate_argnames="state")

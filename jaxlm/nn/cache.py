@@ -98,9 +98,11 @@ class Cache:
         return Cache(k_LBKSH, v_LBKSH, self.lengths_B[index_B], cross, real_BS)
 
     def unstacked(self) -> "Cache":
-        """The same with every layer's keys and values in an array of its own."""
+        """The same with every layer's keys and values in an array of its own, in float32: a CPU would turn all of them
+        into it anew for each query.
+        """
 
         def split(x_LBKSH):
-            return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]) for x_BKSH in x_LBKSH)
+            return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]).astype(jnp.float32) for x_BKSH in x_LBKSH)
 
         return dataclasses.replace(self, k_LBKSH=split(self.k_LBKSH), v_LBKSH=split(self.v_LBKSH))
