@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 import numpy as np
 import tokenizers as hf_tokenizers
 
-from jaxlm import axes, checkpoint, hf, lm, lookup, models, program
+from jaxlm import axes, checkpoint, hf, lm, lookup, marks, models, program
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizers import Tokenizer
@@ -57,8 +57,9 @@ def to_workdir(folder: epath.PathLike, destination: epath.PathLike) -> None:
         raise Mistake(f"{folder}: the tokenizer has {tokenizer.vocab} ids, but vocab_size is {section['vocab']}")
     blueprint = models.Blueprint.of(section, vocab=tokenizer.vocab)
     with _appearing(destination) as half:
-        ends = [i for i in hf.ends(folder) if i < section["vocab"]]
-        configs.write(dict(model=section, dtype="auto", ends=ends), str(half))
+        ends, forced = marks.read(folder)
+        ends = [i for i in ends if i < section["vocab"]]
+        configs.write(dict(model=section, dtype="auto", ends=ends, forced=forced), str(half))
         tokenizer.save(half / "tokenizer")
         params = hf.restore(folder, form, blueprint.shapes, mesh=_mesh())
         largest = max(x.nbytes for x in jax.tree.leaves(params))
@@ -83,11 +84,13 @@ def to_folder(
     kind, form, written = models.to_hugging_face(blueprint)
     ids: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, name) for name in SPECIALS}
     ends = [i for i in dict.fromkeys([*config.get("ends", ()), tokenizer.eos]) if i is not None]
-    ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
+    how = ids | marks.write(marks.Marks(ends, config.get("forced", {})))  # what `generate` of transformers goes by
+    how |= {key: value for key, value in written.items() if key == "decoder_start_token_id"}
+    ids["eos_token_id"] = how["eos_token_id"]
     with _appearing(destination) as half:
         number, params = checkpoint.restore_params(str(workdir), blueprint.shapes, step=step, mesh=_mesh())
         hf.export(half, form, params, {**written, **ids}, dtype=dtype, shard=shard)
-        (half / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        (half / marks.FILE).write_text(json.dumps(how, indent=2) + "\n")
         write_tokenizer(epath.Path(workdir) / "tokenizer", tokenizer, half, blueprint.config.context)
     print(f"{destination}: {kind}, {blueprint.size:,} parameters in {dtype}, from step {number}")
 

@@ -17,8 +17,8 @@ from jaxlm import config as configs
 from jaxlm.data import tokenizers
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from tests.golden import folder_of, golden, with_tokenizer
 from tests.runs import environment
-from tests.test_hf import folder_of, golden
 
 MODEL = dict(name="llama", layers=1, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16, context=64)
 KINDS = {
@@ -28,16 +28,6 @@ KINDS = {
     "bpe": dict(kind="sentencepiece", algorithm="bpe", vocab=320),
 }
 TEXTS = ["def f(x):\n\treturn x", "the  folder", "naïve 日本", "one two three four", "returns the other one"] * 3
-
-
-def with_tokenizer(folder, size=40):
-    """Put a tokenizer.json of `size` words beside a model."""
-    words = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, size)}
-    whole = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    whole.pre_tokenizer = hf_tokenizers.pre_tokenizers.WhitespaceSplit()
-    whole.add_special_tokens(["<s>", "</s>"])
-    whole.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def written_workdir(folder, kind):
