@@ -240,7 +240,7 @@ def main() -> None:
     program.ask_for_huge_pages()  # as `jaxlm train` does
     before = peer(a) if a.peer else []
     names = [name for name in lookup.names("jaxlm.models") or [] if name != "ngram"]
-    variants = {**VARIANTS, "families": names}.get(a.what, a.dtype.split(","))
+    variants = names if a.what == "families" else VARIANTS.get(a.what) or a.dtype.split(",")
     ours = [measure(a, a.what, variant) for variant in variants]
     after = peer(a) if a.peer else []
     for line in (*before, *ours, *after):
