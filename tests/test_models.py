@@ -176,7 +176,7 @@ def test_the_loss_is_that_of_the_logits(name, params, tokens_BT):
     assert jax.jit(lambda p: objective(model.bind(p), batch))(params) == pytest.approx(float(want), rel=1e-5)
 
 
-STEPS = {"gemma": 120}  # of a family that takes longer than 60 to learn a row by heart
+STEPS = {"gemma": 120, "rnn": 120}  # of families that take longer than 60 to learn a row by heart
 
 
 def test_it_overfits_one_batch(name):

@@ -150,7 +150,7 @@ def checkpoint_part(workdir, part, shapes):
         return checkpoints.restore({part: shapes})[1][part]
 
 
-def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_path, caplog):
+def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_path, capsys):
     """On any mesh; a resumed run does not look at the file."""
     from jaxlm.models import Blueprint
 
@@ -159,7 +159,7 @@ def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_p
     file.write_text("".join(f"{letter} {' '.join(map(str, row))}\n" for letter, row in rows.items()))
     still = dict(optimizer=dict(name="sgd", lr=0.0), init=dict(vectors=str(file)), mesh=dict(fsdp=2, tensor=4))
     train.train(str(tmp_path / "run"), store=store, **settings(steps=1, **still))
-    assert "8 of 259 tokens begin with a text vector" in caplog.text, "A to D, and a to d"
+    assert "8 of 259 tokens begin with a text vector" in capsys.readouterr().out, "A to D, and a to d"
     blueprint = Blueprint.of(settings()["model"], vocab=259)
     fresh = np.asarray(blueprint.init(0)["embed_VD"])
     got = np.asarray(checkpoint_part(tmp_path / "run", "params", blueprint.shapes)["embed_VD"])

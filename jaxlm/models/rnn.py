@@ -42,8 +42,7 @@ class Block(nnx.Module):
     """A layer of cells, which reads the layer below through dropout."""
 
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        # as large as draws that are even between -1 / sqrt(width) and 1 / sqrt(width)
-        self.recurrent = Recurrent(c.cell, c.width, std=(3 * c.width) ** -0.5, rngs=rngs)
+        self.recurrent = Recurrent(c.cell, c.width, std=c.width**-0.5, rngs=rngs)
         self.dropout = c.dropout
 
     @shaped
@@ -57,9 +56,9 @@ class Model(nnx.Module):
 
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
         self.config = c
-        self.embed_VD = normal(rngs, c.vocab, c.width, std=0.1)
+        self.embed_VD = normal(rngs, c.vocab, c.width, std=0.25)
         self.blocks = stacked(lambda rngs: Block(c, rngs=rngs), c.layers, rngs)
-        self.untied_VD = None if c.tied else normal(rngs, c.vocab, c.width, std=0.1)
+        self.untied_VD = None if c.tied else normal(rngs, c.vocab, c.width, std=c.width**-0.5)
         self.bias_V = zeros(c.vocab)
 
     @property

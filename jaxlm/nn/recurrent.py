@@ -3,8 +3,9 @@
     y_BTD, cache = Recurrent("lstm", width, std=0.05, rngs=rngs)(x_BTD, segments_BT, cache, layer)
 
 What x brings to the gates of all tokens is one large product in front of the loop; in the loop is the product with the
-state alone. The backward pass runs a loop of its own, behind which the gradient of that product's weight is one large
-product again: JAX would add to it with every token. States are float32, whatever products are computed in.
+state alone. The backward pass is written out, so that the gradient of that product's weight is one large product too,
+behind the loop: JAX would add to it with every token, in the weight's dtype (at 512 tokens in bfloat16 ten times the
+error). States are float32, whatever products are computed in.
 
     G gates of a cell   D = F the width of input and state; D is what a product contracts
 """
