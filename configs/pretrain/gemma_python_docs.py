@@ -3,8 +3,8 @@
     jaxlm prepare --config=configs/pretrain/python_docs.py                  the same store
     jaxlm train --config=configs/pretrain/gemma_python_docs.py --workdir=runs/gemma_python_docs
 
-2 CPU cores, other work beside it, 8 min 22 s: validation 1.823 bits per byte on whole held-out documents (5-gram 1.778,
-2-gram 2.009).
+2 CPU cores, other work beside it, 8 min 22 s: validation 1.823 bits per byte on whole held-out documents of Python
+3.11.7's text (5-gram 1.828, 2-gram 2.081, xz 2.318).
 """
 
 from ml_collections import ConfigDict
