@@ -126,10 +126,15 @@ def here() -> tuple[Mesh, Mapping] | None:
     return _place.get()
 
 
-def platform() -> str:
-    """What the enclosing mesh's devices are: cpu, gpu or tpu (also when compiling for devices that are not here)."""
+def device() -> Any:
+    """One of the enclosing mesh's devices, or of those here (also when compiling for devices that are not here)."""
     place = here()
-    return place[0].devices.flat[0].platform if place else jax.default_backend()
+    return place[0].devices.flat[0] if place else jax.devices()[0]
+
+
+def platform() -> str:
+    """What the devices are: cpu, gpu or tpu."""
+    return device().platform
 
 
 def check_rules(rules: Mapping[str, Any], mesh: Mesh) -> None:

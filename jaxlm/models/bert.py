@@ -31,7 +31,11 @@ KIND = "encoder"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and choices; the defaults are BERT-base's."""
+    """Sizes and choices; the defaults are BERT-base's.
+
+    Drawn by 0.02; Google's code for BERT also cuts at two standard deviations, which transformers does not. ModernBERT
+    is drawn as by Megatron (arXiv:1909.08053): what is added to the residual stream by 0.02 / sqrt(2 layers).
+    """
 
     vocab: int
     context: int = 512

@@ -31,7 +31,10 @@ KIND = "decoder"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and choices; the defaults are the 124M model's."""
+    """Sizes and choices; the defaults are the 124M model's.
+
+    The paper does not say how positions are drawn: here with 0.02, as in GPT-1; OpenAI's code for GPT-2 has 0.01.
+    """
 
     vocab: int
     context: int = 1024  # positions that are learned: no longer row can be read

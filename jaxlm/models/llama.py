@@ -32,7 +32,11 @@ KIND = "decoder"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and choices; the defaults are the 7B model's."""
+    """Sizes and choices; the defaults are the 7B model's.
+
+    The papers do not say how parameters are drawn: here as GPT-2's, by 0.02 and, of what is added to the residual
+    stream, by 0.02 / sqrt(2 layers).
+    """
 
     vocab: int
     context: int = 4096  # the longest row it is meant for; rotary positions set no hard limit

@@ -29,7 +29,7 @@ KIND = "decoder"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and choices; the defaults are Mixtral 8x7B's."""
+    """Sizes and choices; the defaults are Mixtral 8x7B's. Drawn as Llama's: the paper does not say how."""
 
     vocab: int
     context: int = 32768  # the longest row it is meant for; rotary positions set no hard limit

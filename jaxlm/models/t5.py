@@ -30,7 +30,7 @@ KIND = "encoder-decoder"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and choices; the defaults are T5 1.1 small's."""
+    """Sizes and choices; the defaults are T5 1.1 small's. Drawn as Mesh-TensorFlow does, the paper's code."""
 
     vocab: int
     context: int = 512  # the longest row it is meant for; distances set no hard limit
@@ -103,7 +103,7 @@ class Stack(nnx.Module):
 
     def __init__(self, c: Config, layers: int, *, decoder: bool, rngs: nnx.Rngs):
         self.config, self.layers = c, layers
-        self.bias = RelativeBias(c.buckets, c.heads, c.furthest, causal=decoder, std=c.width**-0.5, rngs=rngs)
+        self.bias = RelativeBias(c.buckets, c.heads, c.furthest, causal=decoder, rngs=rngs)
         self.blocks = stacked(lambda rngs: Block(c, decoder=decoder, rngs=rngs), layers, rngs)
         self.norm = RMSNorm(c.width, c.norm_eps)
 

@@ -2,9 +2,10 @@
 
     attend(q_BNTH, k_BKSH, v_BKSH, Mask(causal=True, segments_BT=segments_BT), backend="auto")
 
-`xla` is the reference: B x N x T x S scores exist. `chunked` keeps memory linear in T. `splash` is the TPU kernel. Each
-honours every field of the mask that it accepts, and `auto` never picks one that does not. Heads lie in front of tokens,
-and query heads that share a key/value head lie together, so every product is one batched product over (B K).
+`xla` is the reference: B x N x T x S scores exist. `chunked` keeps memory linear in T. `splash` is the TPU's kernel,
+`triton` the GPU's. Each honours every field of the mask that it accepts, and `auto` never picks one that does not.
+Heads lie in front of tokens, and query heads that share a key/value head lie together, so every product is one batched
+product over (B K).
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxlm import axes, lookup
 from jaxlm.axes import shaped
-from jaxlm.nn import positions, splash
+from jaxlm.nn import positions, splash, triton
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import dense, normal, zeros
 from jaxlm.nn.mask import Mask, ahead, visible
@@ -155,15 +156,19 @@ def chunked(
     return out.transpose(1, 2, 0, 3, 4).reshape(B, N, blocks * chunk, H)[:, :, :T]
 
 
-BACKENDS: dict[str, Callable] = {"xla": xla, "chunked": chunked, "splash": splash.attend}
+KERNELS = {"splash": splash, "triton": triton}  # each for one kind of device; on others they run interpreted, for tests
+BACKENDS: dict[str, Callable] = {"xla": xla, "chunked": chunked, **{name: k.attend for name, k in KERNELS.items()}}
 
 
-def choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, biased: bool = False) -> str:
-    """What `auto` means here: the TPU kernel where it applies, else `xla` up to 1,024 keys (or one query), else
-    `chunked`.
+def choose(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, cap: float | None = None, biased: bool = False
+) -> str:  # fmt: skip
+    """What `auto` means here: the device's kernel where there is one that applies, else `xla` up to 1,024 keys (or one
+    query), else `chunked`.
     """
-    if not biased and axes.platform() == "tpu" and splash.refuses(q_shape, k_shape, mask) is None:
-        return "splash"
+    for name, kernel in KERNELS.items():
+        if axes.platform() == kernel.PLATFORM and kernel.refuses(q_shape, k_shape, mask, cap, biased) is None:
+            return name
     return "xla" if k_shape[2] <= 1024 or q_shape[2] == 1 else "chunked"
 
 
@@ -177,14 +182,15 @@ def attend(
     `cap` bends scores to cap tanh(score / cap); `bias` adds to them by distance. Raises `Mistake` for an unknown
     backend, or one that cannot honour the mask, the shape or what is done to the scores.
     """
+    asked = q_BNTH.shape, k_BKSH.shape, mask, cap, bias is not None
     if backend == "auto":
-        backend = choose(q_BNTH.shape, k_BKSH.shape, mask, biased=bias is not None)
+        backend = choose(*asked)
     compute = lookup.key("config.model.attention", backend, BACKENDS)
-    if bias is None:
-        return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap)
-    if backend == "splash":
-        raise lookup.Mistake("attention backend 'splash' adds no bias to scores; choose 'xla' or 'chunked'")
-    return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap, bias)
+    if backend not in KERNELS:
+        return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap, bias)
+    if reason := KERNELS[backend].refuses(*asked):
+        raise lookup.Mistake(f"attention backend {backend!r}: {reason}; choose 'xla' or 'chunked'")
+    return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap)
 
 
 class Attention(nnx.Module):

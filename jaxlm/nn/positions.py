@@ -38,10 +38,11 @@ class RelativeBias(nnx.Module):
     """What a head adds to the score of a key by its distance, in buckets that widen (arXiv:1910.10683, section 2.1).
 
     Half the buckets are for single distances, the others grow up to `furthest`; bidirectional, each side has half.
+    Drawn as wide as Glorot's (AISTATS 2010, eq. 12), the default in the paper's code.
     """
 
-    def __init__(self, buckets: int, heads: int, furthest: int, *, causal: bool, std: float, rngs: nnx.Rngs):
-        self.table_CN = normal(rngs, buckets, heads, std=std)
+    def __init__(self, buckets: int, heads: int, furthest: int, *, causal: bool, rngs: nnx.Rngs):
+        self.table_CN = normal(rngs, buckets, heads, std=(2 / (buckets + heads)) ** 0.5)
         self.buckets, self.furthest, self.causal = buckets, furthest, causal
 
     def __call__(self, ahead: jax.Array) -> jax.Array:

@@ -1,12 +1,15 @@
 """Every attention backend gives the numbers of a plain numpy softmax, forward and backward, or says why it will not."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import axes
 from jaxlm.lookup import Mistake
-from jaxlm.nn.attention import BACKENDS, Mask, attend, choose, chunked
+from jaxlm.nn.attention import BACKENDS, KERNELS, Mask, attend, choose, chunked
 
 B, N, K, T, H = 2, 4, 2, 130, 8
 SEGMENTS = jnp.asarray([[1] * 50 + [2] * 60 + [3] * 20, [1] * 100 + [0] * 30])
@@ -15,7 +18,11 @@ MASKS = {
     "segments": Mask(segments_BT=SEGMENTS),
     "window": Mask(window=7),
     "window and segments": Mask(window=7, segments_BT=SEGMENTS),
+    "both sides": Mask(causal=False),
+    "both sides and segments": Mask(causal=False, segments_BT=SEGMENTS),
+    "both sides, window and segments": Mask(causal=False, window=7, segments_BT=SEGMENTS),
 }
+PAIRS = [(b, m) for b in BACKENDS for m in MASKS if not (b == "triton" and MASKS[m].window)]  # it has no window
 
 
 def inputs(length=T, keys=None):
@@ -42,25 +49,44 @@ def by_hand(q, k, v, mask):
     return out
 
 
-@pytest.fixture(scope="module", params=MASKS.values(), ids=MASKS.keys())
-def mask(request):
-    return request.param
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, mask", PAIRS)
 def test_a_backend_agrees_with_numpy(backend, mask):
-    np.testing.assert_allclose(attend(*inputs(), mask, backend), by_hand(*inputs(), mask), atol=2e-6)
+    got = jax.jit(lambda *qkv: attend(*qkv, MASKS[mask], backend))(*inputs())
+    np.testing.assert_allclose(got, by_hand(*inputs(), MASKS[mask]), atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"xla"}))
+def gradients(backend, mask, weight):
+    """Of the weighted sum of what comes out, by queries, keys and values."""
+    return jax.jit(jax.grad(lambda *qkv: (attend(*qkv, mask, backend) * weight).sum(), argnums=(0, 1, 2)))(*inputs())
+
+
+@pytest.mark.parametrize("backend, mask", [(b, m) for b, m in PAIRS if b != "xla"])
 def test_gradients_agree_with_the_reference(backend, mask):
-    def gradients(backend):
-        weight = jax.random.normal(jax.random.key(9), (B, N, T, H))
-        return jax.jit(jax.grad(lambda *qkv: (attend(*qkv, mask, backend) * weight).sum(), argnums=(0, 1, 2)))(
-            *inputs()
-        )
+    weight = jax.random.normal(jax.random.key(9), (B, N, T, H))
+    got, want = (gradients(b, MASKS[mask], weight) for b in (backend, "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients(backend), gradients("xla"))
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_packed_neighbour_changes_nothing(backend, causal):
+    """Neither what a segment's queries answer, nor, by their answers, anything of a neighbour's."""
+    mask, second = Mask(causal=causal, segments_BT=SEGMENTS), np.asarray(SEGMENTS) == 2
+    run = jax.jit(lambda *qkv: attend(*qkv, mask, backend))
+    other = [jnp.where(second[:, None, :, None], x, 7.0 - x) for x in inputs()]
+    before, after = (np.asarray(run(*x)).transpose(0, 2, 1, 3)[second] for x in (inputs(), other))
+    np.testing.assert_array_equal(before, after)
+    for x in gradients(backend, mask, second[:, None, :, None]):
+        by_token = np.abs(x).max(axis=(1, 3))
+        assert (by_token[~second] == 0).all() and (by_token[second] > 0).any()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_computes_on_eight_devices_what_it_does_on_one(backend):
+    mask, weight = MASKS["segments"], jax.random.normal(jax.random.key(9), (B, N, T, H))
+    want = gradients(backend, mask, weight)
+    with axes.on(axes.mesh(data=2, fsdp=2, tensor=2)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients(backend, mask, weight), want)
 
 
 @pytest.mark.parametrize("backend", ["xla", "chunked"])
@@ -68,12 +94,6 @@ def test_queries_continue_a_cache_each_row_at_its_own_slot(backend):
     q, k, v = inputs(5, keys=40)
     mask = Mask(offset_B=jnp.asarray([30, 7]))
     np.testing.assert_allclose(attend(q, k, v, mask, backend), by_hand(q, k, v, mask), atol=2e-6)
-
-
-@pytest.mark.parametrize("backend", ["xla", "chunked"])
-def test_without_causality_all_see_all_of_their_segment(backend):
-    mask = Mask(causal=False, segments_BT=SEGMENTS)
-    np.testing.assert_allclose(attend(*inputs(), mask, backend), by_hand(*inputs(), mask), atol=2e-6)
 
 
 def test_chunks_that_do_not_divide_the_length_change_nothing():
@@ -101,10 +121,25 @@ def test_bfloat16_softmax_runs_in_float32():
         np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.03)
 
 
-def test_splash_says_why_it_refuses():
-    q, k, v = inputs(5, keys=40)
-    with pytest.raises(Mistake, match="no cache"):
-        attend(q, k, v, Mask(offset_B=jnp.zeros(B, jnp.int32)), "splash")
+CACHED = Mask(offset_B=jnp.zeros(B, jnp.int32))
+REFUSALS = {
+    "a cache": ("splash", (5, 40), CACHED, {}, "no cache"),
+    "other tokens in order": ("splash", (5, 40), Mask(), {}, "where order matters"),
+    "a bias": ("splash", (5, 5), Mask(), dict(bias=lambda ahead: ahead[:, None] * 1.0), "adds no bias"),
+    "a cache on a GPU": ("triton", (40, 40), CACHED, {}, "no cache"),
+    "a bias on a GPU": ("triton", (5, 5), Mask(), dict(bias=lambda ahead: ahead[:, None] * 1.0), "adds no bias"),
+    "other tokens": ("triton", (5, 40), Mask(causal=False), {}, "tokens that the keys are"),
+    "a memory": ("triton", (5, 5), Mask(causal=False, keys_BS=jnp.ones((B, 5))), {}, "tokens that the keys are"),
+    "a cap": ("triton", (5, 5), Mask(), dict(cap=30.0), "does not cap"),
+    "a window": ("triton", (5, 5), Mask(window=4), {}, "no sliding window"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_kernel_says_why_it_refuses(case):
+    backend, (queries, keys), mask, more, why = REFUSALS[case]
+    with pytest.raises(Mistake, match=f"'{backend}': .*{why}.*; choose 'xla' or 'chunked'"):
+        attend(*inputs(queries, keys), mask, backend, **more)
 
 
 def test_an_unknown_backend_is_answered_with_the_nearest():
@@ -115,3 +150,36 @@ def test_an_unknown_backend_is_answered_with_the_nearest():
 def test_auto_never_builds_a_square_of_scores_for_long_rows():
     assert choose((1, 8, 512, 64), (1, 8, 512, 64), Mask()) == "xla"
     assert choose((1, 8, 8192, 64), (1, 8, 8192, 64), Mask()) == "chunked"
+
+
+# The GPU's kernel, for a GPU that is not here.
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Code is lowered as for a GPU; its compute capability can be set."""
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(axes, "device", lambda: device)
+    return device
+
+
+@pytest.mark.parametrize("head_width", [H, 64, 80, 128])
+def test_for_a_gpu_attention_is_triton_kernels_forward_and_backward(gpu, head_width):
+    q, k = (jax.ShapeDtypeStruct((B, n, T, head_width), jnp.bfloat16) for n in (N, K))
+    gradient = jax.grad(lambda *qkv: attend(*qkv, MASKS["segments"]).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    text = jax.jit(gradient).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
+    for name in ("mha_forward", "mha_preprocess_backward", "mha_backward"):
+        assert f'name = "{name}"' in text
+
+
+def test_auto_takes_the_gpus_kernel_where_it_applies_and_no_other(gpu):
+    shape = (1, 8, 2048, 64)
+    assert choose(shape, shape, Mask(segments_BT=jnp.ones((1, 2048)))) == "triton"
+    assert choose(shape, shape, Mask(window=4096)) == "triton", "a window wider than the row hides nothing"
+    assert choose(shape, shape, Mask(window=128)) == "chunked"
+    assert choose(shape, shape, Mask(), cap=30.0) == choose(shape, shape, Mask(), biased=True) == "chunked"
+    assert choose((1, 8, 1, 64), shape, Mask(offset_B=jnp.zeros(1))) == "xla"
+    assert choose((1, 8, 2048, 256), (1, 8, 2048, 256), Mask()) == "chunked"
+    gpu.compute_capability = "7.5"
+    assert choose(shape, shape, Mask()) == "chunked"
