@@ -8,7 +8,8 @@ import jaxlm
 from jaxlm import convert, marks
 from jaxlm.decode.beam import EARLY
 from jaxlm.marks import Marks
-from tests.golden import GOLDENS, folder_of, golden, with_tokenizer
+from tests.golden import GOLDENS, folder_of, golden
+from tests.published import with_tokenizer
 
 WRITERS = [name for name in GOLDENS if "written" in golden(name).files]
 THEIRS = dict(num_beams="beams", forced_bos_token_id="forced_bos", forced_eos_token_id="forced_eos")

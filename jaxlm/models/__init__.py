@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxlm import axes, hf, lookup
 
 Tree = Any  # nested dicts of arrays
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json; left out, they would be a published model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,8 @@ def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, A
 
 
 def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any]]:
-    """The model_type that a model is exported as, how that is written, and its config.json.
+    """The model_type that a model is exported as, how that is written, and its config.json, where ids of specials are
+    None but for those that the model computes with.
 
     Raises `Mistake` where no model_type of transformers can express the model.
     """
@@ -113,7 +115,7 @@ def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any
         try:
             cls = form.architecture if isinstance(form.architecture, str) else form.architecture(blueprint.config)
             config = {"model_type": kind, "architectures": [cls], "vocab_size": blueprint.config.vocab}
-            config |= form.write(blueprint.config)
+            config |= dict.fromkeys(IDS) | form.write(blueprint.config)
             found = form.read(config, hf.written(form, blueprint.shapes))
             again = lookup.spend("config.json", type(blueprint.config), found, vocab=blueprint.config.vocab)
         except lookup.Mistake as e:
