@@ -24,10 +24,10 @@ def get_config(size: str = "full") -> ConfigDict:
     c.model = dict(name="rnn", cell="lstm", layers=1, width=384, tied=True, dropout=0.2)
     c.optimizer = dict(name="muon", lr=3e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
     c.every = dict(log=50, eval=400, save=200)
-    c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=120)
+    c.samples = dict(prompts=["The", "Return a", "class"], tokens=120)
     if size == "tiny":
         c.length, c.batch = 32, 2
         c.optimizer["warmup"] = 1
         c.model.update(width=32)
-        c.samples = dict(prompts=["The "], tokens=4)
+        c.samples = dict(prompts=["The"], tokens=4)
     return c
