@@ -10,7 +10,7 @@ state, for a prompt of 310 tokens, rows padded on either side, a packed row, cac
 again, and exits with 1 where one is above 1e-4 or a key of the export is missing or too many.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import contextlib
 import json
 import logging
@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 import tokenizers as hf_tokenizers
 
-from jaxlm import axes, check, checkpoint, hf, lookup, models, program
+from jaxlm import axes, check, checkpoint, hf, lookup, marks, models, program
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizers import Tokenizer, huggingface
@@ -56,8 +56,9 @@ def to_workdir(folder: epath.PathLike, destination: epath.PathLike) -> None:
         raise Mistake(f"{folder}: the tokenizer has {tokenizer.vocab} ids, but vocab_size is {section['vocab']}")
     blueprint = models.Blueprint.of(section, vocab=tokenizer.vocab)
     with _appearing(destination) as half:
-        ends = [i for i in hf.ends(folder) if i < section["vocab"]]
-        configs.write(dict(model=section, dtype="auto", ends=ends), str(half))
+        ends, forced = marks.read(folder)
+        ends = [i for i in ends if i < section["vocab"]]
+        configs.write(dict(model=section, dtype="auto", ends=ends, forced=forced), str(half))
         tokenizer.save(half / "tokenizer")
         params = hf.restore(folder, form, blueprint.shapes, mesh=_mesh())
         largest = max(x.nbytes for x in jax.tree.leaves(params))
@@ -82,13 +83,13 @@ def to_folder(
     kind, form, written = models.to_hugging_face(blueprint)
     ids: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, name) for name in SPECIALS}
     ends = [i for i in dict.fromkeys([*config.get("ends", ()), tokenizer.eos]) if i is not None]
-    ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
-    written |= {key: x for key, x in ids.items() if written[key] is None}
-    ids |= {key: written[key] for key in ("decoder_start_token_id",) if key in written}
+    how = ids | marks.write(marks.Marks(ends, config.get("forced", {})))  # what `generate` of transformers goes by
+    how |= {key: value for key, value in written.items() if key == "decoder_start_token_id"}
+    written |= {key: how[key] for key in ids if written[key] is None}
     with _appearing(destination) as half:
         number, params = checkpoint.restore_params(str(workdir), blueprint.shapes, step=step, mesh=_mesh())
         hf.export(half, form, params, written, dtype=dtype, shard=shard)
-        (half / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        (half / marks.FILE).write_text(json.dumps(how, indent=2) + "\n")
         write_tokenizer(epath.Path(workdir) / "tokenizer", tokenizer, half, blueprint.config.context, blueprint.kind)
     print(f"{destination}: {kind}, {blueprint.size:,} parameters in {dtype}, from step {number}")
 
@@ -117,18 +118,18 @@ def write_tokenizer(saved: epath.Path, tokenizer: Tokenizer, folder: epath.Path,
     config = {f"{name}_token": token for name, token in names.items()}  # None as well: none of the usual names
     config |= dict(model_max_length=context, clean_up_tokenization_spaces=False)
     if content:
-        (folder / "tokenizer.json").write_text(_surrounding(content, names, tokenizer, kind))
+        (folder / "tokenizer.json").write_text(_surrounding(content, tokenizer, kind))
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
         config |= dict(add_bos_token=tokenizer.add_bos, add_eos_token=tokenizer.add_eos and kind != "decoder")
     (folder / tokenizers.CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _surrounding(content: str, names: Mapping[str, str | None], tokenizer: Tokenizer, kind: str) -> str:
+def _surrounding(content: str, tokenizer: Tokenizer, kind: str) -> str:
     """A tokenizer.json that adds to a text what the tokenizer does; as it is where it does so already."""
     whole = hf_tokenizers.Tokenizer.from_str(content)
-    bos = [names["bos"]] if tokenizer.add_bos else []
-    eos = [names["eos"]] if tokenizer.add_eos else []
+    added = (tokenizer.bos if tokenizer.add_bos else None, tokenizer.eos if tokenizer.add_eos else None)
+    bos, eos = ([] if i is None else [str(whole.id_to_token(i))] for i in added)
     before, after = huggingface.around(whole)
     if before == bos and (after == eos or (kind == "decoder" and not after)):
         return content
@@ -137,7 +138,7 @@ def _surrounding(content: str, names: Mapping[str, str | None], tokenizer: Token
     template = processors.TemplateProcessing(
         single=[*bos, "$A", *eos],
         pair=[*bos, "$A", *eos, "$B", *eos],
-        special_tokens=[(token, whole.token_to_id(token)) for token in dict.fromkeys([*bos, *eos])],
+        special_tokens=[(str(whole.id_to_token(i)), i) for i in dict.fromkeys(added) if i is not None],
     )
     others = [] if whole.post_processor is None or before or after else [whole.post_processor]
     whole.post_processor = processors.Sequence([*others, template]) if others else template

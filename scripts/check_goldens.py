@@ -1,6 +1,6 @@
 """Hold every golden's model against transformers itself, as `jaxlm convert --check` does with a folder.
 
-    python -m scripts.check_goldens [NAME ...]      in an environment with jaxlm[test], torch and transformers
+    python -m scripts.check_goldens [NAME ...]      in an environment with jaxlm, torch and transformers
 
 Prints, for each, the largest difference of its answers in every way to ask; exits with 1 where one is above 1e-4.
 """
@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 from jaxlm import check
-from tests.test_hf import GOLDENS, folder_of
+from tests.golden import GOLDENS, folder_of
 
 WAYS = ("a prompt", "padded on the left", "padded on the right", "packed", "cached", "exported")
 

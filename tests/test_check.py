@@ -9,7 +9,7 @@ import pytest
 import jaxlm
 from jaxlm import check, convert
 from jaxlm.lookup import Mistake
-from tests.test_hf import folder_of, golden
+from tests.golden import folder_of, golden
 
 PROMPT, SIDES, PACKED = "a prompt of 310 tokens", ("padded on the left", "padded on the right"), "packed into one row"
 KINDS = {"llama": ["logits"], "bert": ["logits", "hidden", "pooled"], "t5": ["logits", "hidden"]}

@@ -17,8 +17,8 @@ from jaxlm.lm import LM
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
 from jaxlm.reply import Reply
+from tests.golden import folder_of
 from tests.published import AROUND, with_tokenizer
-from tests.test_hf import folder_of
 
 CONTEXT = 48
 TEXTS = ["the cat sat on the mat ", "naïve café — 日本語 🙂 ", "def f(x):\n    return x\n", "one  two   three"] * 4
@@ -154,6 +154,10 @@ def test_options_that_cannot_be_are_mistakes(lm):
         (dict(temperature=-1.0), "temperature=-1.0 is outside"),
         (dict(beams=2, num_return_sequences=3), "num_return_sequences=3"),
         (dict(beams=2, temperature=0.5), "temperature=0.5"),
+        (dict(beams=2, top_k=5), "top_k=5"),
+        (dict(beams=2, length_penalty=99.0), "length_penalty=99.0"),
+        (dict(forced_eos=5000), "forced_eos=5000: the vocabulary has 340 ids"),
+        (dict(forced_bos=5), "forced_bos=5 is for encoder-decoders"),
         (dict(stop=[""]), "stop string is not empty"),
         (dict(max_new_tokens=0), "max_new_tokens"),
         (dict(num_return_sequences=2, stream=print), "stream follows one text"),

@@ -31,6 +31,15 @@ def kind(name):
     return blueprint(name).kind
 
 
+def backends(name):
+    """Those of a family's attention; None for one that has no attention, and is what it is."""
+    return list(BACKENDS) if hasattr(blueprint(name).config, "attention") else [None]
+
+
+def backed(name, backend):
+    return blueprint(name) if backend is None else blueprint(name, attention=backend)
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def name(request):
     return request.param
@@ -69,26 +78,24 @@ def tokens_BT():
 
 
 def logits_of(name, params, tokens_BT, **where):
-    more = {"attention": where.pop("backend")} if "backend" in where else {}
-    return jax.jit(lambda p, t, w: read(blueprint(name, **more).bind(p), t, **w))(params, tokens_BT, where)
+    model = backed(name, where.pop("backend", None))
+    return jax.jit(lambda p, t, w: read(model.bind(p), t, **w))(params, tokens_BT, where)
 
 
-@decoders
-@pytest.mark.parametrize("backend", BACKENDS)
+UNABLE = [("t5", "splash")]  # its scores have a bias, which the kernel cannot add
+PAIRS = [(name, backend) for name in MODELS for backend in backends(name) if (name, backend) not in UNABLE]
+name_and_backend = pytest.mark.parametrize("name, backend", PAIRS, indirect=["name"], scope="module")
+decoder_and_backend = pytest.mark.parametrize(
+    "name, backend", [pair for pair in PAIRS if pair[0] in DECODERS], indirect=["name"], scope="module"
+)
+
+
+@decoder_and_backend
 def test_the_future_cannot_change_the_past(name, params, tokens_BT, backend):
     before = logits_of(name, params, tokens_BT, backend=backend)
     after = logits_of(name, params, tokens_BT.at[:, 7].add(1) % V, backend=backend)
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.abs(before[:, 7:] - after[:, 7:]).max(axis=(0, 2)).min() > 1e-4, "and it must change every later token"
-
-
-UNABLE = [("t5", "splash")]  # its scores have a bias, which the kernel cannot add
-name_and_backend = pytest.mark.parametrize(
-    "name, backend",
-    [(n, b) for n in MODELS for b in BACKENDS if (n, b) not in UNABLE],
-    indirect=["name"],
-    scope="module",
-)
 
 
 def test_a_backend_that_is_not_able_says_so(tokens_BT):
@@ -110,7 +117,7 @@ def test_a_packed_neighbour_changes_nothing(name, params, tokens_BT, backend):
 @name_and_backend
 def test_a_packed_neighbour_changes_no_gradient(name, params, tokens_BT, backend):
     """The gradient of two packed documents is the sum of each one's own."""
-    model = blueprint(name, attention=backend)
+    model = backed(name, backend)
 
     def gradient(tokens, segments):
         row = {"tokens": np.asarray(tokens), "segments": np.asarray(segments)}
@@ -169,7 +176,7 @@ def test_the_loss_is_that_of_the_logits(name, params, tokens_BT):
     assert jax.jit(lambda p: objective(model.bind(p), batch))(params) == pytest.approx(float(want), rel=1e-5)
 
 
-STEPS = {"gemma": 120}  # of a family that takes longer than 60 to learn a row by heart
+STEPS = {"gemma": 120, "rnn": 120}  # of families that take longer than 60 to learn a row by heart
 
 
 def test_it_overfits_one_batch(name):
@@ -291,6 +298,7 @@ PUBLISHED = {  # millions of parameters, with the vocabulary of each
     ),
     "gemma": (256000, {"gemma2-2b": 2614, "gemma2-9b": 9242, "gemma2-27b": 27_227}),
     "mixtral": (32000, {"8x7b": 46_703, "8x22b": 140_621}),
+    "rnn": (10_000, {"lstm-medium": 19.8, "lstm-large": 66.0}),
     "bert": (30522, {"bert-base": 110, "bert-large": 336, "distilbert-base": 67}),
     "t5": (32128, {"t5-small": 60.5, "t5-base": 223, "t5-large": 738, "t5-11b": 11_307, "t5-1.1-xxl": 11_135}),
 }
@@ -346,3 +354,5 @@ def test_flops_count_what_a_token_goes_through():
     assert dense.flops_per_token(6) == 6 * (attention + mlp + norms + head) + 12 * 2 * 6
     sparse = Blueprint.of(dict(name="mixtral", experts=4, chosen=2, **c), vocab=V)
     assert sparse.flops_per_token(6) == 6 * (attention + 2 * mlp + 4 * 4 + norms + head) + 12 * 2 * 6
+    recurrent = Blueprint.of(dict(name="rnn", cell="gru", layers=1, width=4), vocab=V)
+    assert recurrent.flops_per_token(6) == 6 * (2 * 3 * 4 * 4 + 3 * 4 + V * 4 + V), "and attention where there is none"

@@ -73,7 +73,8 @@ class Blueprint:
 
     def flops_per_token(self, length: int) -> float:
         """Model FLOPs of one token's forward and backward pass: 6 a parameter that multiplies, and attention over
-        `length` keys. Of experts those count that a token is sent to; of an encoder-decoder, one token of each.
+        `length` keys, where the family has heads. Of experts those count that a token is sent to; of an
+        encoder-decoder, one token of each.
 
         PaLM's count (arXiv:2204.02311, appendix B), without a discount for the causal mask.
         """
@@ -86,7 +87,7 @@ class Blueprint:
         for path, x in jax.tree_util.tree_leaves_with_path(self.shapes):
             if (axes.of(axes.name_of(path)) or "").startswith("E"):
                 active -= math.prod(x.shape) * (c.experts - c.chosen) // c.experts
-        return 6 * active + 12 * attentions * c.heads * c.head_width * length
+        return 6 * active + (12 * attentions * c.heads * c.head_width * length if hasattr(c, "heads") else 0)
 
 
 def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Format]:

@@ -1,13 +1,17 @@
 """Mixture of experts: each token goes to the MLPs that a router picks for it, and none is dropped (arXiv:2211.15841).
 
 Tokens are sorted by expert, so that each expert's lie together; one ragged product a layer of the MLP does the rest.
+Where devices have rows of their own, each sorts its own tokens: sorted together, all tokens would go to every device.
+One CPU has faster ways: all experts for many tokens, copies of the chosen for a few.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxlm import axes
 from jaxlm.axes import shaped
@@ -48,17 +52,59 @@ class MoE(nnx.Module):
         if self.renormalised:
             weight = weight / weight.sum(axis=-1, keepdims=True)
         E = prob.shape[-1]
-        flat = expert.reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        counts = jnp.bincount(flat, length=E).astype(jnp.int32)
-        rows = x[order // self.chosen]
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
-        hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, counts)) * jax.lax.ragged_dot(rows, up, counts)
-        out = jax.lax.ragged_dot(hidden, down, counts) * weight.reshape(-1)[order][:, None].astype(x.dtype)
-        y = jnp.zeros_like(x).at[order // self.chosen].add(out).reshape(B, T, D)
+        matrices = (w[...].astype(x.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
+        place = axes.here()
+        alone = axes.platform() == "cpu" and (place is None or place[0].size == 1)
+        mixed = _on_own_rows(B) if not alone else _picked if expert.size < E else _all
+        y = mixed(x, weight.astype(x.dtype), expert, *matrices).reshape(B, T, D)
         real = jnp.ones(B * T) if real_BT is None else real_BT.reshape(-1).astype(jnp.float32)
         real = (real / jnp.maximum(real.sum(), 1.0))[:, None]
         share = jnp.zeros(E).at[expert].add(jnp.broadcast_to(real, expert.shape) / self.chosen)
         balance = E * (share * (prob * real).sum(axis=0)).sum()
         z = (jnp.square(jax.nn.logsumexp(score, axis=-1)) * real[:, 0]).sum()
         return axes.constrain(y, "BTD"), Routing(balance, z)
+
+
+def _on_own_rows(B: int) -> Callable[..., jax.Array]:
+    """`_mixed`, on each device for the tokens of those of B rows that it has; how matrices are split is left open."""
+    place = axes.here()
+    to = None if place is None else axes.spec("B", (B,), *place)[0]
+    if place is None or to is None:
+        return _mixed
+    ours, whole = PartitionSpec(to), PartitionSpec()
+    return jax.shard_map(
+        _mixed, mesh=place[0], in_specs=(ours, ours, ours, whole, whole, whole), out_specs=ours,
+        axis_names={to} if isinstance(to, str) else set(to),
+    )  # fmt: skip
+
+
+def _mixed(
+    x: jax.Array, weight: jax.Array, expert: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
+) -> jax.Array:  # fmt: skip
+    """What its experts [tokens, chosen] make of each token of x [tokens, D], times their weights, summed."""
+    chosen, flat = expert.shape[1], expert.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.bincount(flat, length=len(gate_EDF)).astype(jnp.int32)
+    rows = x[order // chosen]
+    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_EDF, counts)) * jax.lax.ragged_dot(rows, up_EDF, counts)
+    out = jax.lax.ragged_dot(hidden, down_EFD, counts) * weight.reshape(-1)[order][:, None]
+    return jnp.zeros_like(x).at[order // chosen].add(out)
+
+
+def _all(x, weight, expert, gate_EDF, up_EDF, down_EFD):
+    """The same with every expert for every token, as one product a matrix. On a CPU a ragged product does as much for
+    each of the chosen, and holds a masked copy of the tokens for each expert.
+    """
+    E, D, F = gate_EDF.shape
+    beside = lambda w_EDF: w_EDF.transpose(1, 0, 2).reshape(D, E * F)  # noqa: E731
+    share = jnp.zeros((len(x), E), x.dtype).at[jnp.arange(len(x))[:, None], expert].add(weight)
+    hidden = jax.nn.silu(dense(x, beside(gate_EDF))) * dense(x, beside(up_EDF))
+    hidden = hidden.reshape(-1, E, F) * share[:, :, None]
+    return dense(hidden.reshape(-1, E * F), down_EFD.reshape(E * F, D))
+
+
+def _picked(x, weight, expert, gate_EDF, up_EDF, down_EFD):
+    """The same for a few tokens, fewer than there are experts: only what they chose is read."""
+    gate, up, down = (w[expert] for w in (gate_EDF, up_EDF, down_EFD))
+    hidden = jax.nn.silu(jnp.einsum("td,tcdf->tcf", x, gate)) * jnp.einsum("td,tcdf->tcf", x, up)
+    return jnp.einsum("tcf,tcfd,tc->td", hidden, down, weight)
