@@ -26,8 +26,8 @@ NAMES = dict(token_ids="input_ids", types="token_type_ids", decoder_ids="decoder
 CACHED = 6  # tokens of a decoder's prompt that are read one at a time, after all the others
 
 Row = dict[str, np.ndarray]  # by the names that `LM.logits` has: token_ids [T], perhaps types [T] or decoder_ids
-Answers = Mapping[str, np.ndarray]  # what there is of logits [T, V], hidden [T, D] and pooled [D]
-Said = Mapping[str, Answers]  # by the names of rows
+Answers = dict[str, np.ndarray]  # what there is of logits [T, V], hidden [T, D] and pooled [D]
+Said = dict[str, Answers]  # by the names of rows
 
 
 def check(folder: epath.PathLike) -> dict[tuple[str, str], float]:
@@ -137,7 +137,7 @@ def packed(ours: LM, rows: Sequence[Row]) -> Sequence[Answers]:
             logits=lambda m, tokens, s, more: m(tokens, segments_BT=s, **more)[0],
             hidden=lambda m, tokens, s, more: m.hidden(tokens, segments_BT=s, **more)[0],
         )
-    out: list[dict[str, np.ndarray]] = [{} for _ in rows]
+    out: list[Answers] = [{} for _ in rows]
     for key in _has(ours) & ask.keys():
         whole = np.asarray(_run(ours, ask[key], *given))[0]
         about = lengths["decoder_ids" if key == "logits" and "decoder_ids" in joined else "token_ids"]
@@ -243,7 +243,7 @@ def _has(ours: LM) -> set[str]:
     return {key for key, there in has.items() if there}
 
 
-def _batch(ours: LM, **batch: np.ndarray) -> dict[str, np.ndarray]:
+def _batch(ours: LM, **batch: np.ndarray) -> Answers:
     """What `LM` answers to a batch, or to one row."""
     about = {key: x for key, x in batch.items() if not key.startswith("decoder")}
     ways = dict(logits=(ours.logits, batch), hidden=(ours.hidden, about), pooled=(ours.pooled, about))

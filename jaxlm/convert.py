@@ -10,7 +10,7 @@ state, for a prompt of 310 tokens, rows padded on either side, a packed row, cac
 again, and exits with 1 where one is above 1e-4 or a key of the export is missing or too many.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import contextlib
 import json
 import logging
@@ -85,8 +85,7 @@ def to_folder(
     ends = [i for i in dict.fromkeys([*config.get("ends", ()), tokenizer.eos]) if i is not None]
     how = ids | marks.write(marks.Marks(ends, config.get("forced", {})))  # what `generate` of transformers goes by
     how |= {key: value for key, value in written.items() if key == "decoder_start_token_id"}
-    ids["eos_token_id"] = how["eos_token_id"]
-    written |= {key: x for key, x in ids.items() if written[key] is None}
+    written |= {key: how[key] for key in ids if written[key] is None}
     with _appearing(destination) as half:
         number, params = checkpoint.restore_params(str(workdir), blueprint.shapes, step=step, mesh=_mesh())
         hf.export(half, form, params, written, dtype=dtype, shard=shard)
@@ -119,18 +118,18 @@ def write_tokenizer(saved: epath.Path, tokenizer: Tokenizer, folder: epath.Path,
     config = {f"{name}_token": token for name, token in names.items()}  # None as well: none of the usual names
     config |= dict(model_max_length=context, clean_up_tokenization_spaces=False)
     if content:
-        (folder / "tokenizer.json").write_text(_surrounding(content, names, tokenizer, kind))
+        (folder / "tokenizer.json").write_text(_surrounding(content, tokenizer, kind))
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
         config |= dict(add_bos_token=tokenizer.add_bos, add_eos_token=tokenizer.add_eos and kind != "decoder")
     (folder / tokenizers.CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _surrounding(content: str, names: Mapping[str, str | None], tokenizer: Tokenizer, kind: str) -> str:
+def _surrounding(content: str, tokenizer: Tokenizer, kind: str) -> str:
     """A tokenizer.json that adds to a text what the tokenizer does; as it is where it does so already."""
     whole = hf_tokenizers.Tokenizer.from_str(content)
-    bos = [names["bos"] or ""] if tokenizer.add_bos else []
-    eos = [names["eos"] or ""] if tokenizer.add_eos else []
+    added = (tokenizer.bos if tokenizer.add_bos else None, tokenizer.eos if tokenizer.add_eos else None)
+    bos, eos = ([] if i is None else [str(whole.id_to_token(i))] for i in added)
     before, after = huggingface.around(whole)
     if before == bos and (after == eos or (kind == "decoder" and not after)):
         return content
@@ -139,7 +138,7 @@ def _surrounding(content: str, names: Mapping[str, str | None], tokenizer: Token
     template = processors.TemplateProcessing(
         single=[*bos, "$A", *eos],
         pair=[*bos, "$A", *eos, "$B", *eos],
-        special_tokens=[(token, whole.token_to_id(token)) for token in dict.fromkeys([*bos, *eos])],
+        special_tokens=[(str(whole.id_to_token(i)), i) for i in dict.fromkeys(added) if i is not None],
     )
     others = [] if whole.post_processor is None or before or after else [whole.post_processor]
     whole.post_processor = processors.Sequence([*others, template]) if others else template

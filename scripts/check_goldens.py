@@ -1,6 +1,6 @@
 """Hold every golden's model against transformers itself, as `jaxlm convert --check` does with a folder.
 
-    python -m scripts.check_goldens [NAME ...]      in an environment with jaxlm[test], torch and transformers
+    python -m scripts.check_goldens [NAME ...]      in an environment with jaxlm, torch and transformers
 
 Prints, for each, the largest difference of its answers in every way to ask; exits with 1 where one is above 1e-4.
 """

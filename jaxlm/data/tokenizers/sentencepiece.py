@@ -75,8 +75,8 @@ def load(path: epath.Path, *, add_bos: bool | None = True, add_eos: bool | None 
     if not file.exists():
         raise Mistake(f"no SentencePiece model at {file}")
     content, config = file.read_bytes(), tokenizers.config(file.parent)
-    begins = bool(config.get("add_bos_token", True)) if add_bos is None else add_bos
-    ends = bool(config.get("add_eos_token", Tokenizer(content).bos is None)) if add_eos is None else add_eos
+    begins = config.get("add_bos_token", True) if add_bos is None else add_bos
+    ends = config.get("add_eos_token", Tokenizer(content).bos is None) if add_eos is None else add_eos
     return Tokenizer(content, add_bos=begins, add_eos=ends)
 
 
