@@ -4,6 +4,8 @@ axes.
     B batch   T query length   S key length   D model width   F mlp width   V vocabulary   N query heads
     K key/value heads   G = N/K   H head width   E experts   R LoRA rank   C classes   L layers
 
+In a recurrent layer F is the width of the state, and G are the gates.
+
 The same letters check shapes while tracing (`shaped`) and place every array on the mesh (`shardings`, `constrain`):
 a rule table says which mesh axes may split a letter. Letters are served from the left and a mesh axis serves once, so
 one table does for parameters and activations: `wq_DNH` is split fsdp x tensor, `x_BTD` by batch alone, since B took

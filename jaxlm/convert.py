@@ -2,11 +2,12 @@
 
     jaxlm convert Qwen/Qwen2.5-0.5B runs/qwen                a folder, or a name on the hub, to a workdir
     jaxlm convert runs/mine exported --dtype=bfloat16 --shard=5GB --step=best      a workdir to a folder
-    jaxlm convert --check exported                           a decoder's logits against torch and transformers
+    jaxlm convert --check exported                           its model's answers against those of transformers
 
 What SOURCE is decides the direction. DESTINATION does not exist yet or is empty, and appears when all of it is there.
---check tells the largest difference of logits for a prompt of 310 tokens, rows padded on either side, a packed row and
-cached decoding, and exits with 1 where one is above 1e-4.
+--check needs torch and transformers. It tells the largest difference of logits, an encoder's hidden states and pooled
+state, for a prompt of 310 tokens, rows padded on either side, a packed row, cached decoding and the model exported
+again, and exits with 1 where one is above 1e-4 or a key of the export is missing or too many.
 """
 
 from collections.abc import Iterator
@@ -20,13 +21,12 @@ from typing import Any
 from etils import epath
 import jax
 from jax.sharding import Mesh
-import numpy as np
 import tokenizers as hf_tokenizers
 
-from jaxlm import axes, checkpoint, hf, lm, lookup, models, program
+from jaxlm import axes, check, checkpoint, hf, lookup, marks, models, program
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, huggingface
 from jaxlm.lookup import Mistake
 
 UNITS = dict(B=1, KB=10**3, MB=10**6, GB=10**9)
@@ -34,7 +34,6 @@ ON_THE_HUB = r"[\w.-]+/[\w.-]+"
 FILES = ["*.safetensors", "*.json", "*.model"]
 OTHERS = ["*/*", "consolidated*"]  # the same weights once more, for other programs
 SPECIALS = ("bos", "eos", "pad")
-LONG, CACHED, TOLERANCE = 310, 6, 1e-4  # tokens of a check's prompt, those read one at a time, what may differ
 SPACE = "▁"  # how SentencePiece writes a space
 PROBES = ("def f(x):\n\treturn  x\n", " Grüße,   日本語 🙂 naïve", "A B\r\n\n  0x00 ∀x", "  ", "")
 
@@ -57,8 +56,9 @@ def to_workdir(folder: epath.PathLike, destination: epath.PathLike) -> None:
         raise Mistake(f"{folder}: the tokenizer has {tokenizer.vocab} ids, but vocab_size is {section['vocab']}")
     blueprint = models.Blueprint.of(section, vocab=tokenizer.vocab)
     with _appearing(destination) as half:
-        ends = [i for i in hf.ends(folder) if i < section["vocab"]]
-        configs.write(dict(model=section, dtype="auto", ends=ends), str(half))
+        ends, forced = marks.read(folder)
+        ends = [i for i in ends if i < section["vocab"]]
+        configs.write(dict(model=section, dtype="auto", ends=ends, forced=forced), str(half))
         tokenizer.save(half / "tokenizer")
         params = hf.restore(folder, form, blueprint.shapes, mesh=_mesh())
         largest = max(x.nbytes for x in jax.tree.leaves(params))
@@ -83,17 +83,23 @@ def to_folder(
     kind, form, written = models.to_hugging_face(blueprint)
     ids: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, name) for name in SPECIALS}
     ends = [i for i in dict.fromkeys([*config.get("ends", ()), tokenizer.eos]) if i is not None]
-    ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
+    how = ids | marks.write(marks.Marks(ends, config.get("forced", {})))  # what `generate` of transformers goes by
+    how |= {key: value for key, value in written.items() if key == "decoder_start_token_id"}
+    written |= {key: how[key] for key in ids if written[key] is None}
     with _appearing(destination) as half:
         number, params = checkpoint.restore_params(str(workdir), blueprint.shapes, step=step, mesh=_mesh())
-        hf.export(half, form, params, {**written, **ids}, dtype=dtype, shard=shard)
-        (half / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        write_tokenizer(epath.Path(workdir) / "tokenizer", tokenizer, half, blueprint.config.context)
+        hf.export(half, form, params, written, dtype=dtype, shard=shard)
+        (half / marks.FILE).write_text(json.dumps(how, indent=2) + "\n")
+        write_tokenizer(epath.Path(workdir) / "tokenizer", tokenizer, half, blueprint.config.context, blueprint.kind)
     print(f"{destination}: {kind}, {blueprint.size:,} parameters in {dtype}, from step {number}")
 
 
-def write_tokenizer(saved: epath.Path, tokenizer: Tokenizer, folder: epath.Path, context: int) -> None:
-    """Write a saved tokenizer as transformers reads it; where it has none like it, print that."""
+def write_tokenizer(saved: epath.Path, tokenizer: Tokenizer, folder: epath.Path, context: int, kind: str) -> None:
+    """Write a saved tokenizer as transformers reads it; where it has none like it, print that.
+
+    transformers adds to a text what we do: bos, and eos behind it where it is not a decoder (of this `kind`) that goes
+    on with the text.
+    """
     spec = json.loads((saved / tokenizers.SPEC).read_text())
     if spec["kind"] == "huggingface":
         names = {name: spec["load"][name] for name in SPECIALS}
@@ -109,21 +115,34 @@ def write_tokenizer(saved: epath.Path, tokenizer: Tokenizer, folder: epath.Path,
     else:
         print(f"the folder has no tokenizer: transformers has none like {spec['kind']}")
         return
-    if content:
-        whole = hf_tokenizers.Tokenizer.from_str(content)
-        if whole.post_processor is None and tokenizer.add_bos:  # transformers then begins a text as we do
-            begin = hf_tokenizers.processors.TemplateProcessing(
-                single=[names["bos"], "$A"],
-                pair=[names["bos"], "$A", "$B"],
-                special_tokens=[(names["bos"], tokenizer.bos)],
-            )
-            whole.post_processor = begin
-            content = whole.to_str(pretty=True)
-        (folder / "tokenizer.json").write_text(content)
-    config = {f"{name}_token": token for name, token in names.items() if token is not None}
+    config = {f"{name}_token": token for name, token in names.items()}  # None as well: none of the usual names
     config |= dict(model_max_length=context, clean_up_tokenization_spaces=False)
-    config |= dict(tokenizer_class="PreTrainedTokenizerFast") if content else {}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    if content:
+        (folder / "tokenizer.json").write_text(_surrounding(content, tokenizer, kind))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        config |= dict(add_bos_token=tokenizer.add_bos, add_eos_token=tokenizer.add_eos and kind != "decoder")
+    (folder / tokenizers.CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _surrounding(content: str, tokenizer: Tokenizer, kind: str) -> str:
+    """A tokenizer.json that adds to a text what the tokenizer does; as it is where it does so already."""
+    whole = hf_tokenizers.Tokenizer.from_str(content)
+    added = (tokenizer.bos if tokenizer.add_bos else None, tokenizer.eos if tokenizer.add_eos else None)
+    bos, eos = ([] if i is None else [str(whole.id_to_token(i))] for i in added)
+    before, after = huggingface.around(whole)
+    if before == bos and (after == eos or (kind == "decoder" and not after)):
+        return content
+    eos = [] if kind == "decoder" else eos
+    processors = hf_tokenizers.processors
+    template = processors.TemplateProcessing(
+        single=[*bos, "$A", *eos],
+        pair=[*bos, "$A", *eos, "$B", *eos],
+        special_tokens=[(str(whole.id_to_token(i)), i) for i in dict.fromkeys(added) if i is not None],
+    )
+    others = [] if whole.post_processor is None or before or after else [whole.post_processor]
+    whole.post_processor = processors.Sequence([*others, template]) if others else template
+    return whole.to_str(pretty=True)
 
 
 def of_sentencepiece(model: bytes) -> tuple[dict[str, str | None], str]:
@@ -159,54 +178,6 @@ def of_sentencepiece(model: bytes) -> tuple[dict[str, str | None], str]:
     controls = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
     whole.add_special_tokens([hf_tokenizers.AddedToken(piece, special=True, normalized=False) for piece in controls])
     return dict(bos=name(trained.bos_id), eos=name(trained.eos_id), pad=name(trained.pad_id)), whole.to_str(pretty=True)
-
-
-def check(folder: epath.PathLike) -> dict[str, float]:
-    """The largest difference between our logits and those of transformers, in float32, for each way to ask.
-
-    Raises `Mistake` where torch or transformers is not installed.
-    """
-    try:
-        import torch  # type: ignore[import-not-found]
-        import transformers  # type: ignore[import-not-found]
-    except ImportError as e:
-        raise Mistake(f"--check compares with transformers itself: pip install torch transformers ({e})") from None
-    ours = lm.load(str(folder), dtype="float32")
-    if ours.blueprint.kind != "decoder":
-        raise Mistake(f"--check compares decoders; {folder} is an {ours.blueprint.kind} ({ours.blueprint.name})")
-    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-    def ask(row: np.ndarray, **more: Any) -> tuple[np.ndarray, Any]:
-        with torch.no_grad():
-            out = theirs(torch.tensor(row[None]), **more)
-        return out.logits[0].numpy(), getattr(out, "past_key_values", None)
-
-    rng, c = np.random.default_rng(0), ours.blueprint.config
-    prompt, first, second = (rng.integers(0, c.vocab, n) for n in (min(LONG, c.context), 9, 5))
-    want = {len(row): ask(row, use_cache=False)[0] for row in (prompt, first, second)}
-    short = np.concatenate([want[9], want[5]])
-    found = {"a prompt": (ours.logits(prompt)[0], want[len(prompt)])}
-    for side, around in dict(left=(4, 0), right=(0, 4)).items():
-        mask = np.stack([np.ones(9, int), np.pad(np.ones(5, int), around)])
-        got = ours.logits(np.stack([first, np.pad(second, around)]), mask=mask)
-        found[f"rows padded on the {side}"] = got[mask == 1], short
-    segments = np.repeat([[1, 2]], [9, 5], axis=1)
-    found["a packed row"] = (
-        np.asarray(ours.model(np.concatenate([first, second])[None], segments_BT=segments)[0])[0],
-        short,
-    )
-    cache, past = ours.model.empty_cache(1, len(prompt)), None
-    read = jax.jit(lambda params, tokens_BT, cache: ours.blueprint.bind(params)(tokens_BT, cache=cache))
-    mine, others = [], []
-    for part in np.split(prompt, range(len(prompt) - CACHED, len(prompt))):
-        logits_BTV, cache = read(ours.params, part[None], cache)
-        logits_TV, past = ask(part, past_key_values=past, use_cache=True)
-        mine.append(np.asarray(logits_BTV)[0])
-        others.append(logits_TV)
-    found["cached decoding"] = np.concatenate(mine), np.concatenate(others)
-    return {name: float(np.abs(a - b).max()) for name, (a, b) in found.items()}
 
 
 def download(name: str) -> epath.Path:
@@ -260,10 +231,12 @@ def main(argv: list[str]) -> int:
     if args.check:
         if not importing:
             raise Mistake(f"--check: {source} is no Hugging Face folder: no config.json there names a model_type")
-        found = check(source)
-        for name, difference in found.items():
-            print(f"{difference:.1e}  {name}{'' if difference <= TOLERANCE else f'   more than {TOLERANCE:g}'}")
-        return int(not all(difference <= TOLERANCE for difference in found.values()))  # NaN is a failure as well
+        within = True
+        for (way, what), difference in check.check(source).items():
+            good = difference <= check.TOLERANCE  # NaN is not
+            within = within and good
+            print(f"{difference:.1e} of {check.TOLERANCE:g}  {way}: {what}{'' if good else '   TOO MUCH'}", flush=True)
+        return int(not within)
     if "shard" in options:
         options["shard"] = size(args.shard)
     if importing:

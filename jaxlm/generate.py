@@ -6,7 +6,8 @@
 
 One text streams to the terminal. A file of prompts holds one a line, or as .jsonl objects {"prompt": ...}; out come
 JSON lines in the same order, with "texts" added. Temperature 0 is greedy; --stop may be repeated. Without a prompt the
-model begins a document of its own.
+model begins a document of its own. --forced_bos and --forced_eos are token ids, -1 for none; unless given, those that
+were published with an encoder-decoder.
 """
 
 from collections.abc import Iterator
@@ -20,11 +21,11 @@ from typing import Any
 from jaxlm import config, lm, program
 from jaxlm.lookup import Mistake
 
-OPTIONS = {  # those of `LM.generate`, by the same names and with the same defaults
+OPTIONS = {  # those of `LM.generate`, by the same names and with the same defaults; a type where that is None
     name: option.default
     for name, option in inspect.signature(lm.LM.generate).parameters.items()
     if option.kind is option.KEYWORD_ONLY and name not in ("stream", "first")
-} | dict(stop=[])
+} | dict(stop=[], forced_bos=int, forced_eos=int)
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class Format:
 def is_folder(folder: epath.PathLike) -> bool:
     """Whether a folder's config.json is one of transformers: it names a `model_type`."""
     path = epath.Path(folder) / CONFIG
-    return path.exists() and "model_type" in _json(path)
+    return path.exists() and "model_type" in read_json(path)
 
 
 def read_config(folder: epath.PathLike) -> dict[str, Any]:
@@ -67,19 +67,18 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(folder) / CONFIG
     if not path.exists():
         raise Mistake(f"{folder} has no {CONFIG}, so it is no Hugging Face folder")
-    config = _json(path)
+    config = read_json(path)
     if "model_type" not in config:
         raise Mistake(f"{path} names no model_type, so it is not a config of transformers")
     return config
 
 
-def ends(folder: epath.PathLike) -> list[int]:
-    """The ids that end a text: generation_config.json's, else config.json's."""
-    for name in ("generation_config.json", CONFIG):
-        path = epath.Path(folder) / name
-        if path.exists() and (found := _json(path).get("eos_token_id")) is not None:
-            return [found] if isinstance(found, int) else list(found)
-    return []
+def read_json(path: epath.Path) -> Any:
+    """What a JSON file holds. Raises `Mistake` where it is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise Mistake(f"{path} is not JSON: {e}") from None
 
 
 def names(folder: epath.PathLike) -> Set[str]:
@@ -224,7 +223,7 @@ class _Files:
     def __init__(self, folder: epath.Path):
         self._folder, self._open = folder, {}
         if (folder / INDEX).exists():
-            self.where: dict[str, str] = _json(folder / INDEX)["weight_map"]
+            self.where: dict[str, str] = read_json(folder / INDEX)["weight_map"]
         elif (folder / WEIGHTS).exists():
             self.where = dict.fromkeys(self._file(WEIGHTS).keys(), WEIGHTS)
         else:
@@ -386,10 +385,3 @@ def _flat(tree: Tree) -> dict[str, Any]:
 
 def _nest(shapes: Tree, flat: Mapping[str, Any]) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(shapes), [flat[path] for path in _flat(shapes)])
-
-
-def _json(path: epath.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise Mistake(f"{path} is not JSON: {e}") from None

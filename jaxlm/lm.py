@@ -8,7 +8,7 @@
 Its parts are lm.model, lm.params, lm.tokenizer and lm.config. A score has loss, perplexity and bits_per_byte.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import inspect
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxlm import axes, checkpoint, hf, lookup, models
+from jaxlm import axes, checkpoint, hf, lookup, marks, models
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizers import Tokenizer
@@ -50,7 +50,8 @@ def load(path: str, *, step: str | int = "newest", dtype: str = "auto") -> "LM":
     dtype = str(config.get("dtype", "auto")) if dtype == "auto" else dtype
     blueprint = Blueprint.of(config.model, vocab=tokenizer.vocab, dtype=_computed(dtype))
     _, params = checkpoint.restore_params(path, blueprint.shapes, step=step)
-    return LM(blueprint, params, tokenizer, config, ends=config.to_dict().get("ends", ()))
+    known = config.to_dict()
+    return LM(blueprint, params, tokenizer, config, ends=known.get("ends", ()), forced=known.get("forced", {}))
 
 
 def _load_hugging_face(folder: str, dtype: str) -> "LM":
@@ -61,7 +62,7 @@ def _load_hugging_face(folder: str, dtype: str) -> "LM":
         section, vocab=section["vocab"] if tokenizer is None else tokenizer.vocab, dtype=_computed(dtype)
     )
     params = hf.restore(folder, form, blueprint.shapes, mesh=axes.mesh(devices=jax.local_devices()[:1]))
-    return LM(blueprint, params, tokenizer, ends=hf.ends(folder))
+    return LM(blueprint, params, tokenizer, **marks.read(folder)._asdict())
 
 
 def _computed(dtype: str) -> str:
@@ -89,9 +90,9 @@ class LM:
 
     def __init__(
         self, blueprint: Blueprint, params: Tree, tokenizer: Tokenizer | None, config: Any = None,
-        ends: Sequence[int] = (),
+        ends: Sequence[int] = (), forced: Mapping[str, int] = {},
     ):  # fmt: skip
-        self.blueprint, self.params, self.config = blueprint, params, config
+        self.blueprint, self.params, self.config, self.forced = blueprint, params, config, forced
         self._tokenizer = tokenizer
         eos = None if tokenizer is None else tokenizer.eos
         self.ends: list[int] = [*ends] if eos is None or eos in ends else [*ends, eos]
@@ -215,21 +216,32 @@ class LM:
     def generate(
         self, prompts: str | Sequence[str] | Ids, *, max_new_tokens: int = 128, temperature: float = 1.0,
         top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-        no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, num_return_sequences: int = 1,
-        stop: str | Sequence[str] = (), seed: int = 0, beams: int = 1, length_penalty: float = 1.0,
-        early_stopping: str = "best", stream: Callable[[str], object] | None = None, batch: int = 16, first: int = 0,
+        no_repeat_ngram_size: int = 0, min_new_tokens: int = 0, forced_bos: int | None = None,
+        forced_eos: int | None = None, num_return_sequences: int = 1, stop: str | Sequence[str] = (), seed: int = 0,
+        beams: int = 1, length_penalty: float = 1.0, early_stopping: str = "best",
+        stream: Callable[[str], object] | None = None, batch: int = 16, first: int = 0,
     ) -> list[Any]:  # fmt: skip
         """Continue each prompt until eos, a `stop` string, `max_new_tokens` or the context's end: the new texts alone.
 
         One text a prompt, or a list of texts where `num_return_sequences` is above 1. Temperature 0 is greedy. With
-        `beams` of 2 or more the likeliest texts are searched for instead of drawn. `stream` is called with each piece
-        of the one text as it comes. What a prompt draws depends on `seed` and its place among the prompts, counted from
-        `first`: neither on the others nor on `batch`. Prompts of token ids are continued by token ids. Raises `Mistake`
-        for a prompt that does not fit the context, and for an empty one where the tokenizer has no bos.
+        `beams` of 2 or more the likeliest texts are searched for instead of drawn, and where there are no more, fewer
+        are given. What a prompt draws depends on `seed` and its place among the prompts, counted from `first`: neither
+        on the others nor on `batch`. `stream` is called with each piece of the one text as it comes. Prompts of token
+        ids are continued by token ids.
+
+        An encoder-decoder's text begins with the token `forced_bos`, and ends with `forced_eos` where it gets as long
+        as it may (a decoder's too, where one is given): ids, -1 for none; unless given, those that were published with
+        the model. Of published defaults no others are taken: how to search or draw is said here.
+
+        Raises `Mistake` for a prompt that does not fit the context, for an empty one where the tokenizer has no bos,
+        and for options that cannot be met.
         """
         if self.blueprint.kind == "encoder":
             raise Mistake(f"{self.blueprint.name} is an encoder: it fills gaps (lm.logits) but continues nothing")
-        how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens)
+        how = Sampling(
+            temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens,
+            self._forced("bos", forced_bos), self._forced("eos", forced_eos),
+        )  # fmt: skip
         stop = [stop] if isinstance(stop, str) else list(stop)
         alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer))
         texts: list[Any] = [prompts] if alone else [*prompts]
@@ -244,34 +256,41 @@ class LM:
             raise Mistake(
                 f"stream follows one text; {len(texts)} prompts x {copies} sequences x {beams} beams are more"
             )
-        if beams > 1 and (copies > beams or temperature not in (0, 1)):
-            fault = f"num_return_sequences={copies}" if copies > beams else f"temperature={temperature}"
-            raise Mistake(f"beams={beams} finds as many texts, the likeliest, so {fault} cannot be")
-        out: list[list[Any]] = []
+        if beams > 1:
+            _searched(beams, copies, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         pair = self.blueprint.kind == "encoder-decoder"  # what it writes does not begin with the prompt
+        begin = lambda prompt: Row() if in_ids else Reply(self.tokenizer, [] if pair else prompt, stop, stream)  # noqa: E731
+        out: list[list[Any]] = []
         for at in range(0, len(tokens), batch):
             part = tokens[at : at + batch]
-            replies = [
-                Row() if in_ids else Reply(self.tokenizer, [] if pair else prompt, stop, stream)
-                for prompt in part for _ in range(copies)
-            ]  # fmt: skip
             if beams > 1:
                 found = self._beams(
                     part, beams=beams, max_new_tokens=max_new_tokens, stop=self.ends, length_penalty=length_penalty,
                     early_stopping=early_stopping, how=how,
                 )  # fmt: skip
-                for i, best in enumerate(found):
-                    for reply, one in zip(replies[i * copies : (i + 1) * copies], best):
+                replies = [[begin(prompt) for _ in best[:copies]] for prompt, best in zip(part, found)]
+                for some, best in zip(replies, found):
+                    for reply, one in zip(some, best):
                         reply.add(one.tokens)
             else:
+                replies = [[begin(prompt) for _ in range(copies)] for prompt in part]
                 self.engine.generate(
                     part, how, max_new_tokens=max_new_tokens, copies=copies, stop=self.ends, seed=seed,
                     ids=range(first + at, first + at + len(part)), steps=STREAM if stream else STEPS,
-                    watch=lambda row, new: replies[row].add(new),  # noqa: B023
+                    watch=lambda row, new: replies[row // copies][row % copies].add(new),  # noqa: B023
                 )  # fmt: skip
-            finished = [reply.finish() for reply in replies]
-            out += [finished[i : i + copies] for i in range(0, len(finished), copies)]
+            out += [[reply.finish() for reply in some] for some in replies]
         return [row[0] for row in out] if copies == 1 else out
+
+    def _forced(self, name: str, token: int | None) -> int:
+        """The token to begin or end with: as asked for, else as published with the model; -1 for none."""
+        token = self.forced.get(name, -1) if token is None else token
+        vocab = self._tokenizer.vocab if self._tokenizer else self.blueprint.config.vocab
+        if token >= vocab:
+            raise Mistake(f"forced_{name}={token}: the vocabulary has {vocab} ids; -1 forces none")
+        if name == "bos" and token >= 0 and self.blueprint.kind == "decoder":
+            raise Mistake(f"forced_bos={token} is for encoder-decoders; a decoder's belongs at the end of its prompt")
+        return token
 
     def _prompt(self, text: str | Sequence[int]) -> list[int]:
         context, vocab = self.blueprint.config.context, self.blueprint.config.vocab
@@ -294,6 +313,16 @@ class LM:
                 f"the prompt has {len(tokens):,} tokens, which leaves no room in the model's context of {context:,}"
             )
         return tokens
+
+
+def _searched(beams: int, copies: int, **drawn: float) -> None:
+    """Raise `Mistake` for what a search for the likeliest cannot do."""
+    free = [(name, getattr(Sampling, name)) for name in drawn] + [("temperature", 0)]
+    faults = [f"{name}={value}" for name, value in drawn.items() if (name, value) not in free]
+    if copies > beams:
+        faults = [f"num_return_sequences={copies}"]
+    if faults:
+        raise Mistake(f"beams={beams} finds as many texts, the likeliest, so {faults[0]} cannot be")
 
 
 def _whole(ids: Ids, what: str) -> np.ndarray:

@@ -88,12 +88,15 @@ def _takes_rate(make: Callable) -> bool:
 
 
 def muon_dimensions(params: Any) -> Any:
-    """Which axes of each weight make Muon's matrix: in and out, cut around the width D; None (Adam) for the rest."""
+    """Which axes of each weight make Muon's matrix: in and out, cut around the width D, one for each layer and expert;
+    None (Adam) for the rest.
+    """
 
     def dimensions(path, x):
         letters = axes.of(axes.name_of(path)) or ""
         if not axes.is_matrix(path) or set(letters) & set("VT"):
             return None
+        letters = letters.removeprefix("E")
         first, second = axes.cut(letters)
         stacked = x.ndim - len(letters)
         split = stacked + len(first)

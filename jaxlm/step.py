@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
 from jaxlm import axes, lookup, optim
@@ -92,6 +93,21 @@ def init(tx: optax.GradientTransformation, params: Any, *, ema: float) -> State:
     progress["norm"] = jnp.zeros(())
     state = dict(params=params, opt=tx.init(params), progress=progress)
     return state | {"ema": jax.tree.map(jnp.copy, params)} if ema else state
+
+
+def embedded(params: Any, ids: np.ndarray, vectors: np.ndarray) -> Any:
+    """The parameters with the embeddings of these tokens replaced by `vectors` [ids, D].
+
+    One factor scales them all, so that their root mean square is that of the embeddings as the family draws them: the
+    directions and relative lengths are the vectors', the size is what the family was made for.
+    """
+
+    def put(embed_VD, ids, vectors):
+        size = lambda x: jnp.sqrt(jnp.mean(jnp.square(x)))  # noqa: E731
+        return embed_VD.at[ids].set(vectors * (size(embed_VD) / size(vectors)))
+
+    table = params["embed_VD"]
+    return {**params, "embed_VD": jax.jit(put, out_shardings=table.sharding)(table, ids, vectors)}
 
 
 def shapes(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: Mesh, rules: Mapping, *, ema: float) -> State:

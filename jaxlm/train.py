@@ -29,7 +29,7 @@ from jaxlm import axes, lookup, program, report
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.data import rows
+from jaxlm.data import rows, vectors
 from jaxlm.data.store import Store
 from jaxlm.data.store import open as open_store
 from jaxlm.lm import LM
@@ -54,6 +54,7 @@ def train(
     objective: Section = None, data: Section = None, accumulate: int = 1, ema: float = 0.0, dtype: str = "auto",
     mesh: Section = None, rules: Section = None, guard: Section = None, every: Section = None,
     evaluation: Section = None, checkpoint: Section = None, samples: Section = None, prepare: Section = None,
+    init: Section = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train to `steps` and return the last evaluation. The arguments are the config's keys; README explains each
     (`prepare` says how the store was made: it is kept in the workdir's config.json, and not read here).
@@ -95,6 +96,10 @@ def train(
         _same_run(workdir, settings, checkpoints.steps())
         restored = checkpoints.restore(shapes)
         start = restored[0] if restored else 0
+        given = None  # embeddings to begin with, for a run that begins
+        if init and not restored:
+            width = blueprint.shapes["embed_VD"].shape[1]
+            given = lookup.spend("config.init", vectors.embeddings, init, tokens.tokenizer(), width)
         log = Log(workdir, start_step=start, steps=steps, flops_per_token=blueprint.flops_per_token(length))
         with checkpoints, log:
             if log.writes:  # not before all has been checked: a mistake must not overwrite a good run's config
@@ -106,11 +111,14 @@ def train(
                 log.say(f"going on after step {start} of {steps}")
             else:
                 params = blueprint.init(seed, grid, rules)
+                params = steps_.embedded(params, *given) if given else params
                 places = jax.tree.map(lambda x: x.sharding, shapes)
                 state = jax.jit(functools.partial(steps_.init, tx, ema=ema), out_shardings=places)(params)
                 log.say(
                     f"{blueprint.name}: {blueprint.size:,} parameters, {blueprint.config.dtype}, on {dict(grid.shape)}"
                 )
+                if given:
+                    log.say(f"{len(given[0]):,} of {tokens.vocab:,} tokens begin with a text vector")
             local = axes.local_rows(batch, grid, rules)
             batches = rows.batches(stream, batch=batch, start_step=start, rows=local, features=features)
             metrics, found, waited = {}, {}, 0.0

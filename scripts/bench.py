@@ -4,6 +4,8 @@
                                    [--dtype=float32,bfloat16]
     scripts/bench.py decode --json [--batch=1 --prompt=32 --new=128]    GPT-2 124M shape, random weights
     scripts/bench.py loss   --json                                      peak temporary memory, chunked against full
+    scripts/bench.py families --json [--layers=6 --width=384 ...]       forward + backward of every family, one shape
+    scripts/bench.py depth  --json                                      compile time of 4, 12, 48 layers, scan and loop
 
     --peer="PYTHON peer_torch.py"    runs the peer with the same shape, before and after, and prints the ratio
 
@@ -23,9 +25,10 @@ import sys
 import time
 from typing import Any
 
-from jaxlm import program
+from jaxlm import lookup, program
 
 DEFAULTS = dict(layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128)
+SMALL = dict(layers=6, heads=6, width=384, context=256)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
 
 
@@ -40,6 +43,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     from jaxlm import axes, step
 
     imported = time.perf_counter() - began
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as `jaxlm train` does
     mesh = axes.mesh(devices=jax.devices()[:1])
     with axes.on(mesh):
         parts = step.assemble(
@@ -115,6 +119,79 @@ def loss(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     return dict(tokens=B * T, vocab=V, chunk=variant, temporary_mb=round(memory.temp_size_in_bytes / 2**20))
 
 
+def families(a: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Loss and gradients of one family, without an optimiser: the median of its times. An encoder-decoder has `layers`
+    on either side, and its tokens are those of one; of four experts a token goes to two.
+    """
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm import lookup
+    from jaxlm.models import Blueprint
+    from jaxlm.nn.loss import cross_entropy
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    sizes = dict(layers=a.layers, width=a.width, heads=a.heads, kv_heads=a.heads, head_width=a.width // a.heads)
+    sizes |= dict(mlp_width=4 * a.width, context=a.context, experts=4, chosen=2)
+    known = {f.name for f in dataclasses.fields(lookup.module("jaxlm.models", name).Config)}
+    blueprint = Blueprint.of({"name": name, **{k: v for k, v in sizes.items() if k in known}}, vocab=a.vocab)
+    tokens = jax.random.randint(jax.random.key(0), (a.batch, a.context), 0, a.vocab)
+    ones = jnp.ones(tokens.shape, jnp.int32)
+
+    def mean(params):
+        model = blueprint.bind(params)
+        if blueprint.kind == "encoder-decoder":
+            about = dict(memory_BSD=model.encode(tokens, segments_BS=ones), memory_segments_BS=ones)
+            x = model.hidden(tokens, segments_BT=ones, **about)[0]
+        else:
+            x = model.hidden(tokens, segments_BT=ones)[0]
+            x = model.for_head(x) if blueprint.kind == "encoder" else x
+        return cross_entropy(x, model.head, tokens, ones.astype(jnp.float32)).loss / tokens.size
+
+    params, step, times = blueprint.init(0), jax.jit(jax.value_and_grad(mean)), []
+    for _ in range(a.repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(step(params))
+        times.append(time.perf_counter() - start)
+    median = statistics.median(times[1:])
+    flops = blueprint.flops_per_token(a.context) * tokens.size
+    return dict(
+        family=name, kind=blueprint.kind, params=blueprint.size, first_s=round(times[0], 2),
+        step_ms=round(median * 1e3, 1), tokens_per_s=round(tokens.size / median), gflops=round(flops / median / 1e9, 1),
+    )  # fmt: skip
+
+
+def depth(a: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """Time to trace, lower and compile a narrow Llama's loss and gradients, layers scanned or standing in a row."""
+    import jax
+
+    from jaxlm.models import Blueprint
+    from jaxlm.nn import stack
+    from jaxlm.objectives import clm
+
+    how, layers = variant.split(":")
+    stack.IN_A_ROW = 0 if how == "scan" else int(layers)
+    model = dict(name="llama", layers=int(layers), width=64, heads=4, kv_heads=4, head_width=16, mlp_width=128)
+    blueprint = Blueprint.of(model, vocab=64)
+    row = jax.ShapeDtypeStruct((2, 64), "int32")
+    batch = dict(tokens=row, labels=row, weights=jax.ShapeDtypeStruct((2, 64), "float32"), segments=row)
+    gradient = jax.jit(jax.grad(lambda params, batch: clm.loss(blueprint.bind(params), batch).loss))
+    start = time.perf_counter()
+    lowered = gradient.lower(blueprint.shapes, batch)
+    traced = time.perf_counter() - start
+    lowered.compile()
+    took = time.perf_counter() - start
+    return dict(layers=int(layers), how=how, trace_s=round(traced, 2), compile_s=round(took - traced, 2))
+
+
+VARIANTS = {
+    "loss": ["1024", "auto"],
+    "depth": [f"{how}:{layers}" for layers in (4, 12, 48) for how in ("scan", "loop")],
+}
+
+
 def measure(a: argparse.Namespace, what: str, variant: str) -> dict[str, Any]:
     """Run one measurement in a fresh process and return its line."""
     shape = [f"--{name}={getattr(a, name)}" for name in DEFAULTS]
@@ -143,7 +220,7 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print a line each, and the ratio to the peer's best."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "decode", "loss"])
+    parser.add_argument("what", choices=["train", "decode", "loss", "families", "depth"])
     for name in DEFAULTS:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--dtype", default="float32")
@@ -152,19 +229,23 @@ def main() -> None:
     parser.add_argument("--peer", default="")
     parser.add_argument("--peer-flags", default="--dtype=float32")
     a = parser.parse_args()
-    for name, value in {**DEFAULTS, **(GPT2 if a.what == "decode" else {})}.items():
+    defaults = {**DEFAULTS, **{"decode": GPT2, "families": SMALL}.get(a.what, {})}
+    for name, value in defaults.items():
         if getattr(a, name) is None:
             setattr(a, name, value)
     if a.variant:
-        print(json.dumps(dict(train=train, decode=decode, loss=loss)[a.what](a, a.variant)))
+        what = dict(train=train, decode=decode, loss=loss, families=families, depth=depth)[a.what]
+        print(json.dumps(what(a, a.variant)))
         return
     program.ask_for_huge_pages()  # as `jaxlm train` does
     before = peer(a) if a.peer else []
-    ours = [measure(a, a.what, variant) for variant in (["1024", "auto"] if a.what == "loss" else a.dtype.split(","))]
+    names = [name for name in lookup.names("jaxlm.models") or [] if name != "ngram"]
+    variants = names if a.what == "families" else VARIANTS.get(a.what) or a.dtype.split(",")
+    ours = [measure(a, a.what, variant) for variant in variants]
     after = peer(a) if a.peer else []
     for line in (*before, *ours, *after):
         print(json.dumps(line), flush=True)
-    if a.peer:
+    if a.peer and a.what in ("train", "decode"):
         rate = "tokens_per_s" if a.what == "train" else "new_tokens_per_s"
         best = max(x[rate] for x in ours), max(x[rate] for x in (*before, *after))
         print(json.dumps(dict(ratio=round(best[0] / best[1], 3), what=f"best {rate} of jaxlm over the peer's best")))

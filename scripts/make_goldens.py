@@ -5,9 +5,14 @@
 Each file holds a model's config.json, its weights under "w:NAME" (float16 values, so that they are small and exact) and
 what it answers in float32: to a prompt of 310 tokens, and to two short rows alone. Padded on the left or on the right,
 transformers answers the same, which is checked here.
+
+Encoder-decoders, and the decoders of WRITERS, also say what `model.generate` writes: "cases" is JSON, two prompts and
+the keywords of `generate` for each; "written" the tokens [case, row, token] before the one that ends a row, -1 behind
+them. No answer depends on a near tie: it stays when logits are shaken.
 """
 
 import inspect
+import itertools
 import json
 from pathlib import Path
 import sys
@@ -22,6 +27,9 @@ SIZES = dict(
     max_position_embeddings=512,
 )  # fmt: skip
 KV = dict(num_key_value_heads=2)
+WRITERS = ("gpt2", "llama", "gemma2", "mixtral")
+NEW, EARLY = 12, 5  # tokens that a row may get, and those that it gets at least where `min_new_tokens` is set
+SHAKEN, SHAKES = 5e-4, 64  # how far logits are moved, and how often
 
 
 def decoders() -> dict:
@@ -186,6 +194,104 @@ def ask_encoder(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: x.numpy() for name, x in out.items()}
 
 
+def settings(ends: list[int], pair: bool) -> list[dict]:
+    """The cases: keywords of `generate`. `ends` are two ids; the first ends some rows and not others."""
+    one, two, none = (dict(eos_token_id=ids) for ids in (ends[:1], ends, None))
+    free = next(i for i in range(5, V) if i not in ends)
+    bos = dict(forced_bos_token_id=free + 4) if pair else {}
+    forced = [  # the last token an end or none, and what a constraint says of it
+        one | bos,
+        none | dict(forced_eos_token_id=free) | bos,
+        one | dict(forced_eos_token_id=ends[0]) | bos,
+        two | dict(forced_eos_token_id=free, min_new_tokens=NEW, no_repeat_ngram_size=1, repetition_penalty=1.3) | bos,
+    ]
+    late, ngrams, penalty = dict(min_new_tokens=EARLY), dict(no_repeat_ngram_size=2), dict(repetition_penalty=1.3)
+    alike = [none, one, two | late, one | ngrams, one | penalty, two | late | ngrams | penalty, *forced]
+    beams = dict(num_beams=4, num_return_sequences=4)
+    scored = [
+        one | beams | dict(length_penalty=by, early_stopping=early, num_return_sequences=2)
+        for by, early in itertools.product((0.0, 1.0, 2.0, -0.5), (False, True, "never"))
+    ]
+    odd = [
+        two | dict(num_beams=3, num_return_sequences=1, early_stopping=True),
+        two | dict(num_beams=3, num_return_sequences=3, early_stopping="never", length_penalty=2.0) | late | ngrams,
+    ]
+    return [*alike, *(beams | case for case in alike), *scored, *odd]
+
+
+class Shaken(tf.LogitsProcessor):
+    """Logits, each moved by up to SHAKEN."""
+
+    def __init__(self):
+        self.random = torch.Generator().manual_seed(0)
+
+    def __call__(self, input_ids, scores):
+        return scores + SHAKEN * (2 * torch.rand(scores.shape, generator=self.random) - 1)
+
+
+def write(model: torch.nn.Module, prompts: list[list[int]], case: dict, **more) -> list[list[list[int]]]:
+    """What `generate` writes behind each prompt, in one padded batch: rows without the token that ends them."""
+    pair, longest = model.config.is_encoder_decoder, max(map(len, prompts))
+    pad = model.generation_config.pad_token_id
+    rows, mask = [], []
+    for prompt in prompts:
+        gap, real = longest - len(prompt), [1] * len(prompt)
+        rows.append(prompt + [pad] * gap if pair else [pad] * gap + prompt)
+        mask.append(real + [0] * gap if pair else [0] * gap + real)
+    out = model.generate(
+        torch.tensor(rows), attention_mask=torch.tensor(mask), do_sample=False, max_new_tokens=NEW, **case, **more
+    )
+    found = []
+    for row in out[:, 1 if pair else longest :].tolist():
+        stops = [row.index(end) for end in case["eos_token_id"] or () if end in row]
+        found.append(row[: min(stops, default=NEW)])
+    each = case.get("num_return_sequences", 1)
+    return [found[at : at + each] for at in range(0, len(found), each)]
+
+
+def steady(model: torch.nn.Module, prompts: list[list[int]], case: dict) -> list[list[list[int]]] | None:
+    """The answer, if it is the same for each prompt alone and however the logits are shaken."""
+    found = write(model, prompts, case)
+    alone = [write(model, [prompt], case)[0] for prompt in prompts]
+    shaken = write(model, prompts * SHAKES, case, logits_processor=[Shaken()])
+    return found if found == alone and found * SHAKES == shaken else None
+
+
+def choose_ends(model: torch.nn.Module, prompts: list[list[int]]) -> list[int]:
+    """Two ids that occur in the midst of about half of the rows that are written where nothing ends them."""
+    rows = []
+    for beams, size, penalty in itertools.product((1, 4), (0, 2), (1.0, 1.3)):
+        case = dict(num_beams=beams, num_return_sequences=beams, no_repeat_ngram_size=size, repetition_penalty=penalty)
+        rows += [row for found in write(model, prompts, case | dict(eos_token_id=None)) for row in found]
+    share = {i: sum(i in row[2:-2] and i not in row[:2] for row in rows) / len(rows) for i in range(3, V)}
+    return sorted(share, key=lambda i: abs(share[i] - 0.5))[:2]
+
+
+def ask_writer(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """What is written, in each case behind the first two prompts for which it does not depend on a near tie."""
+    config = model.config
+    start = dict(decoder_start_token_id=config.decoder_start_token_id) if config.is_encoder_decoder else {}
+    model.generation_config = tf.GenerationConfig(pad_token_id=config.pad_token_id or 0, **start)
+    rng = np.random.default_rng(0)
+    draw = lambda: [rng.integers(3, V, n).tolist() for n in (9, 5)]  # noqa: E731
+    cases, found, drawn = [], [], 0
+    for case in settings(choose_ends(model, draw() + draw()), config.is_encoder_decoder):
+        answer = None
+        while answer is None:
+            prompts, drawn = draw(), drawn + 1
+            answer = steady(model, prompts, case)
+        cases.append(dict(prompts=prompts, settings=case))
+        found.append([row for rows in answer for row in rows])
+    lengths = np.bincount([len(row) for rows in found for row in rows])
+    print(f"  {len(cases)} cases, {drawn} pairs of prompts; rows by length: {lengths}", flush=True)
+    assert lengths[:EARLY].any() and lengths[EARLY:NEW].any() and lengths[NEW]
+    written = np.full((len(cases), max(map(len, found)), NEW), -1, np.int8)
+    for case, rows in enumerate(found):
+        for at, row in enumerate(rows):
+            written[case, at, : len(row)] = row
+    return dict(cases=np.array(json.dumps(cases)), written=written)
+
+
 def main(wanted: list[str]) -> None:
     folder = Path(__file__).parent.parent / "tests" / "goldens"
     folder.mkdir(exist_ok=True)
@@ -197,6 +303,8 @@ def main(wanted: list[str]) -> None:
             model = build(cls, config)
             answers = ask(model)
             weights = _saved(model)
+            if name in WRITERS or ask is ask_pair:
+                answers |= ask_writer(model)
             keep = {k: v for k, v in weights[1].items() if k not in ("transformers_version", "id2label", "label2id")}
             arrays = {f"w:{k}": v.astype(np.float16) for k, v in weights[0].items()}
             np.savez_compressed(folder / f"{name}.npz", **{"config": np.array(json.dumps(keep)), **arrays, **answers})

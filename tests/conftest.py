@@ -3,6 +3,7 @@
 import os
 
 from hypothesis import settings
+import pytest
 
 for name, value in {
     "JAX_PLATFORMS": "cpu",
@@ -16,3 +17,11 @@ for name, value in {
 
 settings.register_profile("house", deadline=None)  # the first example compiles
 settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one family or golden go to one process (`--dist loadgroup`): what they share is compiled once."""
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
+        if isinstance(name, str):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}:{name}"))

@@ -1,5 +1,6 @@
 """`jaxlm convert`: a Hugging Face folder becomes a workdir and comes back; what goes wrong leaves nothing behind."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+import sentencepiece
 import tokenizers as hf_tokenizers
 
 import jaxlm
@@ -17,8 +19,9 @@ from jaxlm import config as configs
 from jaxlm.data import tokenizers
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from tests.golden import folder_of, golden
+from tests.published import AROUND, with_tokenizer
 from tests.runs import environment
-from tests.test_hf import folder_of, golden
 
 MODEL = dict(name="llama", layers=1, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16, context=64)
 KINDS = {
@@ -30,22 +33,12 @@ KINDS = {
 TEXTS = ["def f(x):\n\treturn x", "the  folder", "naïve 日本", "one two three four", "returns the other one"] * 3
 
 
-def with_tokenizer(folder, size=40):
-    """Put a tokenizer.json of `size` words beside a model."""
-    words = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, size)}
-    whole = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    whole.pre_tokenizer = hf_tokenizers.pre_tokenizers.WhitespaceSplit()
-    whole.add_special_tokens(["<s>", "</s>"])
-    whole.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def written_workdir(folder, kind):
+def written_workdir(folder, kind, model=MODEL):
     """A workdir as training leaves it, with a tokenizer of this kind and checkpoints of steps 1 and 2."""
     tokenizer = tokenizers.train(TEXTS, KINDS.get(kind, dict(kind=kind)))
     tokenizer.save(folder / "tokenizer")
-    configs.write(dict(model=MODEL, dtype="float32"), str(folder))
-    blueprint = Blueprint.of(MODEL, vocab=tokenizer.vocab)
+    configs.write(dict(model=model, dtype="float32"), str(folder))
+    blueprint = Blueprint.of(model, vocab=tokenizer.vocab)
     with checkpoint.Checkpoints(str(folder), best=1) as checkpoints:
         checkpoints.save(1, dict(params=blueprint.init(1)), dict(loss=1.0))
         checkpoints.save(2, dict(params=blueprint.init(2)), dict(loss=2.0))
@@ -65,8 +58,8 @@ def test_a_folder_becomes_a_workdir_and_comes_back(name, tmp_path, capsys):
     assert sorted(p.name for p in run.parent.iterdir()) == ["run"]
     lm, g = jaxlm.load(str(run)), golden(name)
     np.testing.assert_allclose(lm.logits(g["prompt"]), g["prompt_logits"], atol=1e-4)
-    assert lm.tokenizer.encode("w5 w7") == [5, 7]
-    assert generate.main([f"--workdir={run}", "--prompt=w4", "--max_new_tokens=2"]) == 0
+    assert lm.tokenizer.encode("w9 w7") == [9, 7]
+    assert generate.main([f"--workdir={run}", "--prompt=w8", "--max_new_tokens=2"]) == 0
 
     assert convert.main([str(run), str(tmp_path / "b"), "--shard=20KB"]) == 0
     want, got = tensors(folder), tensors(tmp_path / "b")
@@ -90,12 +83,83 @@ def test_the_exported_tokenizer_gives_the_same_ids_behind_bos(kind, tmp_path):
         assert theirs.encode(text).ids == [ours.bos, *ours.encode(text)]
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
     config = json.loads((out / "tokenizer_config.json").read_text())
-    names = {name: theirs.token_to_id(config.get(f"{name}_token", "")) for name in convert.SPECIALS}
+    names = {name: theirs.token_to_id(config[f"{name}_token"] or "") for name in convert.SPECIALS}
     assert names == dict(bos=ours.bos, eos=ours.eos, pad=ours.pad)
     assert config["model_max_length"] == 64
     again = jaxlm.load(str(out))
     assert again.tokenizer.encode(TEXTS[0]) == ours.encode(TEXTS[0])
+    assert (again.tokenizer.bos, again.tokenizer.add_bos) == (ours.bos, True)
     assert (out / "tokenizer.model").exists() == (kind in ("unigram", "bpe"))
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_folder_s_tokenizer_comes_back_as_it_was(around, tmp_path):
+    folder = with_tokenizer(folder_of("llama", tmp_path / "a"), around=around, config=dict(bos_token=None))
+    convert.main([str(folder), str(tmp_path / "run")])
+    convert.main([str(tmp_path / "run"), str(tmp_path / "b")])
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+    was, now = tokenizers.load(folder), tokenizers.load(tmp_path / "b")
+    for key in ("bos", "eos", "pad", "add_bos", "add_eos", "fingerprint"):
+        assert getattr(was, key) == getattr(now, key)
+
+
+@pytest.mark.parametrize("around", ["none", "gpt2", "llama-3", "bert"])
+def test_what_was_trained_with_bos_in_front_is_exported_so(around, tmp_path):
+    """Whatever the tokenizer's file added before: the store's documents began with bos and ended with eos."""
+    run, _ = written_workdir(tmp_path / "run", "bytes")
+    folder = with_tokenizer(tmp_path / "words", around=around, size=259, config=dict(eos_token="</s>"))
+    ours = tokenizers.load(dict(kind="huggingface", path=str(folder), bos="<s>"))
+    ours.save(run / "tokenizer")
+    convert.main([str(run), str(tmp_path / "out")])
+    theirs = hf_tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert theirs.encode("w7 w8").ids == [0, 7, 8]
+    kept = json.loads(theirs.to_str())["post_processor"]
+    assert ("ByteLevel" in json.dumps(kept)) == (around == "gpt2")
+
+
+def test_what_is_no_decoder_is_exported_with_both_around_a_text(tmp_path):
+    model = dict(name="bert", layers=1, width=16, heads=2, mlp_width=16, context=64)
+    run, ours = written_workdir(tmp_path / "run", "wordpiece", model)
+    convert.main([str(run), str(tmp_path / "out")])
+    theirs = hf_tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert theirs.encode("return x").ids == [ours.bos, *ours.encode("return x"), ours.eos]
+    again = tokenizers.load(tmp_path / "out")
+    assert (again.bos, again.eos, again.add_bos, again.add_eos) == (ours.bos, ours.eos, True, True)
+
+
+def test_a_model_that_transformers_has_to_read_itself_is_exported_with_its_flags(tmp_path):
+    """A SentencePiece model that normalises has no tokenizer.json like it."""
+    run, _ = written_workdir(tmp_path / "run", "bytes", MODEL | dict(vocab=259))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=60, minloglevel=2, hard_vocab_limit=False
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizers.load(dict(kind="sentencepiece", path=str(tmp_path))).save(run / "tokenizer")
+    convert.main([str(run), str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (config["add_bos_token"], config["add_eos_token"]) == (True, False)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    again = tokenizers.load(tmp_path / "out")
+    assert (again.bos, again.eos, again.add_bos, again.add_eos) == (1, 2, True, False)
+
+
+def test_roberta_s_padding_decides_its_positions_and_stays(tmp_path):
+    model = dict(
+        name="bert", layers=1, width=16, heads=2, mlp_width=16, context=64, types=1, skipped=2, pooled=False, next=False
+    )
+    run, ours = written_workdir(tmp_path / "run", "bytes", model)
+    convert.main([str(run), str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "roberta" and config["pad_token_id"] == 1 != ours.pad
+    assert jaxlm.load(str(tmp_path / "out")).blueprint.config.skipped == 2
+
+
+def test_a_decoder_that_is_as_deep_as_its_encoder_by_default_is_exported(tmp_path):
+    model = dict(name="bart", layers=2, width=16, heads=2, mlp_width=16, context=64)
+    run, _ = written_workdir(tmp_path / "run", "bytes", model)
+    convert.main([str(run), str(tmp_path / "out")])
+    assert jaxlm.load(str(tmp_path / "out")).blueprint.config.decoder_layers == 2
 
 
 @pytest.mark.parametrize("kind", ["bytes", "characters"])
@@ -220,19 +284,6 @@ def test_a_hub_out_of_reach_is_a_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(Mistake, match=r"no folder some-body/gpt2, and the hub .*: ConnectionError: no route to host$"):
         convert.main(["some-body/gpt2", str(tmp_path / "run")])
-
-
-def test_a_check_without_torch_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(Mistake, match="pip install torch transformers"):
-        convert.main(["--check", str(folder_of("llama", tmp_path / "a"))])
-
-
-@pytest.mark.parametrize("difference, status", [(9e-5, 0), (2e-4, 1), (float("nan"), 1)])
-def test_a_check_fails_where_logits_differ(difference, status, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convert, "check", lambda folder: {"a prompt": 1e-6, "a packed row": difference})
-    assert convert.main(["--check", str(folder_of("llama", tmp_path / "a"))]) == status
-    assert f"{difference:.1e}  a packed row" in capsys.readouterr().out
 
 
 def large_folder(folder, *, vocab, width, layers):

@@ -65,6 +65,13 @@ def test_a_text_file_holds_a_prompt_a_line_and_without_output_lines_are_printed(
     ]
 
 
+def test_a_last_token_is_forced_by_its_id(workdir, capsys):
+    flags = [f"--workdir={workdir}", "--prompt=one", "--max_new_tokens=4", f"--forced_eos={ord('!')}"]
+    assert generate.main([*flags, "--temperature=0", "--min_new_tokens=4"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("one") and text.endswith("!\n")
+
+
 def test_every_option_of_the_python_api_is_a_flag():
     options = {n for n, p in inspect.signature(lm.LM.generate).parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert set(generate.OPTIONS) == options - {"stream", "first"}

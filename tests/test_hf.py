@@ -1,7 +1,6 @@
 """What transformers answers, we answer: from small stored goldens (scripts/make_goldens.py)."""
 
 import json
-from pathlib import Path
 import re
 
 import jax
@@ -14,23 +13,7 @@ import jaxlm
 from jaxlm import hf, models
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint, llama
-
-GOLDENS = sorted(path.stem for path in (Path(__file__).parent / "goldens").glob("*.npz"))
-
-
-def golden(name):
-    return np.load(Path(__file__).parent / "goldens" / f"{name}.npz")
-
-
-def folder_of(name, folder, **config):
-    """The golden's Hugging Face folder."""
-    arrays = golden(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**json.loads(str(arrays["config"])), **config}))
-    weights = {key[2:]: arrays[key].astype(np.float32) for key in arrays.files if key.startswith("w:")}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
+from tests.golden import GOLDENS, folder_of, golden
 
 PAIRS = [name for name in GOLDENS if "prompt_decoder" in golden(name).files]
 ENCODERS = [name for name in GOLDENS if "prompt_hidden" in golden(name).files and name not in PAIRS]
@@ -177,10 +160,11 @@ def test_cached_decoding_gives_the_same_logits(name, lm):
 def test_greedy_continuation_follows_the_largest_logit(name, lm):
     g = golden(name)
     prompts = [g["first"][0].tolist(), g["second"][0].tolist()]
-    found = lm.generate(prompts, max_new_tokens=5, temperature=0)
-    (wide,) = lm.generate(prompts[:1], max_new_tokens=5, temperature=0, beams=1)
+    how = dict(max_new_tokens=5, temperature=0, forced_eos=-1)
+    found = lm.generate(prompts, **how)
+    (wide,) = lm.generate(prompts[:1], beams=1, **how)
     assert wide == found[0], "alone as in a batch"
-    assert lm.generate(np.array(prompts[0]), max_new_tokens=5, temperature=0) == [found[0]], "one row of an array"
+    assert lm.generate(np.array(prompts[0]), **how) == [found[0]], "one row of an array"
     for prompt, new in zip(prompts, found):
         row = [lm.blueprint.config.start] if name in PAIRS else list(prompt)
         for token in new:

@@ -77,7 +77,13 @@ ROWS = {
     "t5-1.1": Row({"name": "t5"}, T5, logits=1.0),
     # fairseq, in which BART was written: init_bert_params, for all layers and tables.
     "bart": Row({"name": "bart"}, {".*": 0.02}, logits=tied),
-    # A family that draws uniformly from +-a has a standard deviation of a / 3 ** 0.5.
+    # arXiv:1409.2329 draws uniformly from +-0.05 for 650 units and +-0.04 for 1,500: about width ** -0.5. Embeddings
+    # are drawn larger, since no norm enlarges them. The logits' size is what this gives; no paper says it.
+    "rnn": Row(
+        {"name": "rnn", "cell": "gru"},
+        {"embed_VD": 0.25, r"untied_VD|.*\.(input|recur)_DGF": lambda c: c.width**-0.5},
+        logits=0.115,
+    ),
 }
 
 

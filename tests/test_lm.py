@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tokenizers as hf
 
 import jaxlm
 from jaxlm import checkpoint
@@ -16,6 +17,8 @@ from jaxlm.lm import LM
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
 from jaxlm.reply import Reply
+from tests.golden import folder_of
+from tests.published import AROUND, with_tokenizer
 
 CONTEXT = 48
 TEXTS = ["the cat sat on the mat ", "naïve café — 日本語 🙂 ", "def f(x):\n    return x\n", "one  two   three"] * 4
@@ -151,6 +154,10 @@ def test_options_that_cannot_be_are_mistakes(lm):
         (dict(temperature=-1.0), "temperature=-1.0 is outside"),
         (dict(beams=2, num_return_sequences=3), "num_return_sequences=3"),
         (dict(beams=2, temperature=0.5), "temperature=0.5"),
+        (dict(beams=2, top_k=5), "top_k=5"),
+        (dict(beams=2, length_penalty=99.0), "length_penalty=99.0"),
+        (dict(forced_eos=5000), "forced_eos=5000: the vocabulary has 340 ids"),
+        (dict(forced_bos=5), "forced_bos=5 is for encoder-decoders"),
         (dict(stop=[""]), "stop string is not empty"),
         (dict(max_new_tokens=0), "max_new_tokens"),
         (dict(num_return_sequences=2, stream=print), "stream follows one text"),
@@ -201,3 +208,19 @@ def test_a_folder_that_is_no_workdir_or_has_no_checkpoint_is_a_mistake(tmp_path,
     lm.tokenizer.save(tmp_path / "tokenizer")
     with pytest.raises(Mistake, match="no finished checkpoint"):
         jaxlm.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_prompt_to_a_published_model_begins_as_its_tokenizer_says(around, tmp_path):
+    """And a text for an encoder ends so as well."""
+    folder = with_tokenizer(folder_of("llama", tmp_path / "a"), around=around)
+    lm = jaxlm.load(str(folder))
+    ids = [i for i in (lm.tokenizer.bos if lm.tokenizer.add_bos else None, 7, 8) if i is not None]
+    [text] = lm.generate(["w7 w8"], temperature=0, max_new_tokens=4)
+    assert text.split() == lm.tokenizer.decode(lm.generate([ids], temperature=0, max_new_tokens=4)[0]).split()
+
+    pair = jaxlm.load(str(with_tokenizer(folder_of("bart", tmp_path / "b"), around=around)))
+    whole = hf.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("w7 w8").ids
+    assert pair.document("w7 w8").tolist() == whole
+    [text] = pair.generate(["w7 w8"], temperature=0, max_new_tokens=4)
+    assert text.split() == pair.tokenizer.decode(pair.generate([whole], temperature=0, max_new_tokens=4)[0]).split()

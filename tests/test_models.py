@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm import axes, lookup
 from jaxlm.models import Blueprint
-from jaxlm.nn.attention import BACKENDS, KERNELS
+from jaxlm.nn.attention import BACKENDS
 from jaxlm.objectives import clm
 
 MODELS = [
@@ -30,6 +30,11 @@ def blueprint(name, **more):
 
 def kind(name):
     return blueprint(name).kind
+
+
+def backed(name, backend):
+    """The model with this backend of its attention; None for one that has no attention, and is what it is."""
+    return blueprint(name) if backend is None else blueprint(name, attention=backend)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -57,11 +62,16 @@ def objective(model, batch):
     return -(picked * batch["weights"]).sum()
 
 
-@pytest.fixture(scope="module")
-def params(name):
+@functools.cache
+def large(name):
     """Parameters large enough that every part of the model matters to its output."""
     fresh = blueprint(name).init(seed=1)
     return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+
+
+@pytest.fixture(scope="module")
+def params(name):
+    return large(name)
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +80,21 @@ def tokens_BT():
 
 
 @functools.cache
-def reader(name, **more):
-    return jax.jit(lambda p, t, w: read(blueprint(name, **more).bind(p), t, **w))
+def reader(name, backend):
+    return jax.jit(lambda p, t, w: read(backed(name, backend).bind(p), t, **w))
 
 
 def logits_of(name, params, tokens_BT, **where):
-    more = {"attention": where.pop("backend")} if "backend" in where else {}
-    return reader(name, **more)(params, tokens_BT, where)
+    return reader(name, where.pop("backend", None))(params, tokens_BT, where)
 
 
-IN_KERNELS = ("llama", "bert")  # interpreted kernels are slow: a decoder and an encoder; tests/nn does the rest
+THOROUGH = ("llama", "bert")  # a decoder and an encoder in every backend; tests/nn holds each backend to the reference
 
 
 def with_backend(names):
-    """Every family in every backend; for kernels, those of `IN_KERNELS`."""
-    pairs = [(n, b) for n in names for b in BACKENDS if b not in KERNELS or n in IN_KERNELS]
+    """Every family in the default backend, if it has any; those of `THOROUGH` in all."""
+    pairs = [(n, b) for n in names for b in (BACKENDS if n in THOROUGH else ["auto"])]
+    pairs = [(n, b if hasattr(blueprint(n).config, "attention") else None) for n, b in pairs]
     return pytest.mark.parametrize("name, backend", pairs, indirect=["name"], scope="module")
 
 
@@ -118,7 +128,7 @@ def test_a_packed_neighbour_changes_nothing(name, params, tokens_BT, backend):
 @with_backend(MODELS)
 def test_a_packed_neighbour_changes_no_gradient(name, params, tokens_BT, backend):
     """The gradient of two packed documents is the sum of each one's own."""
-    model = blueprint(name, attention=backend)
+    model = backed(name, backend)
     run = jax.jit(jax.grad(lambda p, batch: objective(model.bind(p), batch)))
 
     def gradient(tokens, segments):
@@ -177,7 +187,7 @@ def test_the_loss_is_that_of_the_logits(name, params, tokens_BT):
     assert jax.jit(lambda p: objective(model.bind(p), batch))(params) == pytest.approx(float(want), rel=1e-5)
 
 
-STEPS = {"gemma": 120}  # of a family that takes longer than 60 to learn a row by heart
+STEPS = {"gemma": 120, "rnn": 120}  # of families that take longer than 60 to learn a row by heart
 
 
 def test_it_overfits_one_batch(name):
@@ -233,22 +243,28 @@ def test_bfloat16_stays_near_float32_and_gives_float32_logits(name, params, toke
     assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(
-    "sizes", [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str
-)
-def test_eight_devices_compute_what_one_does(name, params, sizes):
+@functools.cache
+def gradient(name):
+    """Loss and gradients over all tokens, whatever is behind them; and what one device makes of `large(name)`."""
     model = blueprint(name)
-    tokens_BT = jax.random.randint(jax.random.key(0), (8, T), 0, V)
 
-    def gradient(p, t):
-        batch = {"tokens": t, "labels": t, "weights": jnp.ones((8, T)), "segments": jnp.ones((8, T), jnp.int32)}
+    def both(p, t):
+        batch = {"tokens": t, "labels": t, "weights": jnp.ones(t.shape), "segments": jnp.ones(t.shape, jnp.int32)}
         return jax.value_and_grad(lambda p: objective(model.bind(p), batch) / t.size)(p)
 
-    want, want_grads = jax.jit(gradient)(params, tokens_BT)
+    return both, jax.jit(both)(large(name), EIGHT_BT)
+
+
+EIGHT_BT = jax.random.randint(jax.random.key(0), (8, T), 0, V)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str)
+def test_eight_devices_compute_what_one_does(name, params, sizes):
+    both, (want, want_grads) = gradient(name)
     mesh = axes.mesh(**sizes)
     with axes.on(mesh):
         placed = jax.device_put(params, axes.shardings(params, mesh))
-        got, grads = jax.jit(gradient)(placed, axes.put({"tokens": np.asarray(tokens_BT)}, 8, mesh)["tokens"])
+        got, grads = jax.jit(both)(placed, axes.put({"tokens": np.asarray(EIGHT_BT)}, 8, mesh)["tokens"])
     assert got == pytest.approx(float(want), abs=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, want_grads)
 
@@ -299,6 +315,7 @@ PUBLISHED = {  # millions of parameters, with the vocabulary of each
     ),
     "gemma": (256000, {"gemma2-2b": 2614, "gemma2-9b": 9242, "gemma2-27b": 27_227}),
     "mixtral": (32000, {"8x7b": 46_703, "8x22b": 140_621}),
+    "rnn": (10_000, {"lstm-medium": 19.8, "lstm-large": 66.0}),
     "bert": (30522, {"bert-base": 110, "bert-large": 336, "distilbert-base": 67}),
     "t5": (32128, {"t5-small": 60.5, "t5-base": 223, "t5-large": 738, "t5-11b": 11_307, "t5-1.1-xxl": 11_135}),
 }
@@ -354,3 +371,5 @@ def test_flops_count_what_a_token_goes_through():
     assert dense.flops_per_token(6) == 6 * (attention + mlp + norms + head) + 12 * 2 * 6
     sparse = Blueprint.of(dict(name="mixtral", experts=4, chosen=2, **c), vocab=V)
     assert sparse.flops_per_token(6) == 6 * (attention + 2 * mlp + 4 * 4 + norms + head) + 12 * 2 * 6
+    recurrent = Blueprint.of(dict(name="rnn", cell="gru", layers=1, width=4), vocab=V)
+    assert recurrent.flops_per_token(6) == 6 * (2 * 3 * 4 * 4 + 3 * 4 + V * 4 + V), "and attention where there is none"

@@ -57,6 +57,12 @@ def test_muon_turns_each_layers_matrices_and_leaves_embeddings_to_adam():
     assert spectrum.max() / spectrum.min() < 3, "a step is near orthogonal, layer by layer"
 
 
+def test_muon_turns_each_experts_matrices():
+    dimensions = optim.muon_dimensions({"moe": {"up_EDF": jnp.ones((2, 5, 8, 12)), "down_EFD": jnp.ones((5, 12, 8))}})
+    assert dimensions["moe"]["up_EDF"] == optax.contrib.MuonDimensionNumbers((2,), (3,)), "neither layer nor expert"
+    assert dimensions["moe"]["down_EFD"] == optax.contrib.MuonDimensionNumbers((1,), (2,))
+
+
 def test_clipping_bounds_the_norm_of_the_whole_gradient():
     updates = one_step(5.0, name="sgd", lr=1.0, schedule="constant", clip=0.25)
     assert optax.tree.norm(updates) == pytest.approx(0.25, rel=1e-5)

@@ -150,6 +150,31 @@ def checkpoint_part(workdir, part, shapes):
         return checkpoints.restore({part: shapes})[1][part]
 
 
+def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_path, capsys):
+    """On any mesh; a resumed run does not look at the file."""
+    from jaxlm.models import Blueprint
+
+    file, rng = tmp_path / "vectors.txt", np.random.default_rng(0)
+    rows = {letter: rng.normal(size=32) * 7 for letter in "abcd"}
+    file.write_text("".join(f"{letter} {' '.join(map(str, row))}\n" for letter, row in rows.items()))
+    still = dict(optimizer=dict(name="sgd", lr=0.0), init=dict(vectors=str(file)), mesh=dict(fsdp=2, tensor=4))
+    train.train(str(tmp_path / "run"), store=store, **settings(steps=1, **still))
+    assert "8 of 259 tokens begin with a text vector" in capsys.readouterr().out, "A to D, and a to d"
+    blueprint = Blueprint.of(settings()["model"], vocab=259)
+    fresh = np.asarray(blueprint.init(0)["embed_VD"])
+    got = np.asarray(checkpoint_part(tmp_path / "run", "params", blueprint.shapes)["embed_VD"])
+    ids = [ord(letter) for letter in "ABCDabcd"]
+    want = np.stack([*rows.values()] * 2)
+    want *= np.sqrt((fresh**2).mean() / (want**2).mean())
+    np.testing.assert_allclose(got[ids], want, rtol=1e-4)
+    np.testing.assert_array_equal(np.delete(got, ids, 0), np.delete(fresh, ids, 0))
+    file.unlink()
+    train.train(str(tmp_path / "run"), store=store, **settings(steps=2, **still))
+    with pytest.raises(Mistake, match="no file matches"):
+        train.train(str(tmp_path / "another"), store=store, **settings(steps=1, **still))
+    assert not (tmp_path / "another" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,6 +193,7 @@ def checkpoint_part(workdir, part, shapes):
         (dict(guard=dict(patient=1)), "did you mean 'patience'"),
         (dict(checkpoint=dict(newst=1)), "did you mean 'newest'"),
         (dict(rules=dict(D="model")), "has no 'model'"),
+        (dict(init=dict(vector="glove.txt")), "did you mean 'vectors'"),
         (dict(batches=3), "did you mean 'batch'"),
     ],
     ids=str,

@@ -22,6 +22,7 @@ from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake, key
 
 NOT_THERE = -np.inf  # the score of a row that is not there
+STEEP = 10  # a length penalty at most
 EARLY = {"best": 0, "full": 1, "never": 2}  # `early_stopping`: False, True and "never" in transformers
 
 
@@ -60,10 +61,12 @@ class BeamSearch:
 
         `early_stopping` says when a prompt is done: "full" as soon as `beams` rows have finished; "best" when the best
         growing row, scored at its present length, is behind all of them; "never" when it would be behind at any length
-        that it may reach. Raises `Mistake` as `Engine.generate` does.
+        that it may reach. Raises `Mistake` as `Engine.generate` does, and where constraints leave nothing to write.
         """
         if beams < 1:
             raise Mistake(f"beams={beams}; it takes one at least")
+        if not -STEEP <= length_penalty <= STEEP:
+            raise Mistake(f"length_penalty={length_penalty} is outside {-STEEP} to {STEEP}")
         patience = key("early_stopping", early_stopping, EARLY)
         rows, _ = self._engine.start(prompts, max_new_tokens, copies=beams)
         begins = jax.device_get(rows.prompts_B)[::beams]
@@ -74,6 +77,8 @@ class BeamSearch:
             np.float32(length_penalty), np.int32(patience), beams=beams, wide=wide,
         )  # fmt: skip
         tokens, lengths, scores = jax.device_get((found.tokens, found.lengths, found.scores))
+        if (scores[: len(prompts), 0] == NOT_THERE).any():
+            raise Mistake(f"beams={beams}: no row can end, since constraints leave no token to add; loosen {how}")
         return [
             [
                 Found(tokens[b, w, begins[b] : lengths[b, w]].tolist(), float(scores[b, w]))
@@ -93,8 +98,9 @@ class BeamSearch:
             rows = found.rows
             at_B = rows.lengths_B
             logits_BV, cache = read(model, rows.cache, rows.tokens_BS[jnp.arange(R), at_B - 1])
-            logits_BV = jax.nn.log_softmax(logits_BV[:, :V])
-            logits_BV = sampling.constrain(logits_BV, rows.tokens_BS, at_B, at_B - rows.prompts_B, stop_V, how)
+            logits_BV = jax.nn.log_softmax(logits_BV)[:, :V]  # ids that no token has keep their share, as when trained
+            where = (rows.prompts_B, at_B, rows.limits_B)
+            logits_BV = sampling.constrain(logits_BV, rows.tokens_BS, *where, stop_V, how)
             sums, pick = jax.lax.top_k((found.sums.reshape(R, 1) + logits_BV).reshape(B, beams * V), wide)
             parent, token = first_B1 + pick // V, pick % V  # [B, wide], as everything below
             length, prompt, limit = at_B[parent], rows.prompts_B[parent], rows.limits_B[parent]
@@ -119,9 +125,9 @@ class BeamSearch:
             # can the best growing row still overtake the worst finished one?
             new = (length - prompt)[:, 0] + 1
             new = jnp.where((patience == EARLY["never"]) & (penalty > 0), (limit - prompt)[:, 0], new)
-            behind = sums[:, 0] / new.astype(jnp.float32) ** penalty <= scores[:, -1]
+            ahead = sums[:, 0] / new.astype(jnp.float32) ** penalty > scores[:, -1]  # never where no row grows on: -inf
             full = (scores[:, -1] > NOT_THERE) & (patience == EARLY["full"])
-            over_B = found.over_B | behind | full  # where no row grows on, -inf is behind whatever there is
+            over_B = found.over_B | ~ahead | full
             return Beams(rows, sums, ended, lengths, scores, over_B)
 
         nothing = jnp.full((B, beams), NOT_THERE)

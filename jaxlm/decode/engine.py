@@ -76,7 +76,7 @@ class Engine:
     def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None):
         self.blueprint, self.params, self.vocab = blueprint, settle(params), vocab or blueprint.config.vocab
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
-        self.decoding = weights.lay(self.params) if self.in_a_row else self.params
+        self.decoding = weights.lay(self.params, blueprint.config.dtype) if self.in_a_row else self.params
         self.traces = dict(prefill=0, decode=0)
         self.prefill = jax.jit(self._prefill, static_argnames="slots")
         self.decode = jax.jit(self._decode, donate_argnames="state")
@@ -88,9 +88,10 @@ class Engine:
     ) -> list[list[int]]:  # fmt: skip
         """Continue each prompt `copies` times, by `max_new_tokens` or to the end of the context: rows of new tokens.
 
-        A row ends before a token of `stop`. What it draws depends on `seed`, its prompt's entry in `ids` (its number,
-        unless given), which copy it is, and where in the row it stands. `watch(row, new)` is shown new tokens every
-        `steps` steps, and ends the row by returning True. Raises `Mistake` for a prompt that is empty or too long.
+        A row ends before a token of `stop`, and where the constraints of `how` leave none. What it draws depends on
+        `seed`, its prompt's entry in `ids` (its number, unless given), which copy it is, and where in the row it
+        stands. `watch(row, new)` is shown new tokens every `steps` steps, and ends the row by returning True. Raises
+        `Mistake` for a prompt that is empty or too long.
         """
         state, count = self.start(prompts, max_new_tokens, copies=copies, seed=seed, ids=ids)
         stop_V = self.mark(stop)
@@ -176,10 +177,11 @@ class Engine:
             state, step = carry
             tokens_BS, at_B, held = state.tokens_BS, state.lengths_B, state.cache.lengths_B
             logits_BV, cache = read(model, state.cache, tokens_BS[row_B, at_B - 1])
-            new_B = at_B - state.prompts_B
-            logits_BV = sampling.constrain(logits_BV[:, : self.vocab], tokens_BS, at_B, new_B, stop_V, how)
+            where = (state.prompts_B, at_B, state.limits_B)
+            logits_BV = sampling.constrain(logits_BV[:, : self.vocab], tokens_BS, *where, stop_V, how)
             token_B = sampling.choose(logits_BV, jax.vmap(jax.random.fold_in)(state.key_B, at_B), how)
-            done_B = state.done_B | stop_V[token_B]
+            stuck_B = jnp.isneginf(logits_BV.max(axis=-1))  # constraints leave no token
+            done_B = state.done_B | stop_V[token_B] | stuck_B
             tokens_BS = tokens_BS.at[row_B, jnp.where(done_B, tokens_BS.shape[1], at_B)].set(token_B, mode="drop")
             cache = dataclasses.replace(cache, lengths_B=jnp.where(done_B, held, cache.lengths_B))
             done_B |= cache.lengths_B + 1 >= state.limits_B

@@ -31,11 +31,14 @@ class Sampling:
     repetition_penalty: Any = 1.0
     no_repeat_ngram_size: Any = 0  # 0 allows repeats
     min_new_tokens: Any = 0
+    forced_bos: Any = -1  # the first new token; -1 leaves it free
+    forced_eos: Any = -1  # the last one, where a row gets as long as it may; -1 leaves it free
 
     def __post_init__(self):
         ranges = dict(
             temperature=(0, np.inf), top_k=(0, np.inf), top_p=(0, 1), min_p=(0, 1),
             repetition_penalty=(1e-6, np.inf), no_repeat_ngram_size=(0, np.inf), min_new_tokens=(0, np.inf),
+            forced_bos=(-1, np.inf), forced_eos=(-1, np.inf),
         )  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -116,15 +119,24 @@ def ban_ngrams(logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array,
 
 @shaped
 def constrain(
-    logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array, new_B: jax.Array, stop_V: jax.Array,
-    how: Sampling,
+    logits_BV: jax.Array, tokens_BS: jax.Array, prompts_B: jax.Array, lengths_B: jax.Array, limits_B: jax.Array,
+    stop_V: jax.Array, how: Sampling,
 ) -> jax.Array:  # fmt: skip
-    """Apply what looks at the row so far: repetition penalty, banned n-grams, no stop token before its time."""
-    penalty_B, size_B, least_B = how.repetition_penalty, how.no_repeat_ngram_size, how.min_new_tokens
-    seen = (tokens_BS, lengths_B)
+    """Apply what looks at the row so far: repetition penalty, banned n-grams, no stop token before its time, and forced
+    tokens, which nothing overrules. `prompts_B` of its tokens are the prompt's; it is full at `limits_B`.
+
+    Where a token is forced, its logit is 0 and the others -inf, as in transformers: to a sum of log-probabilities it
+    adds nothing.
+    """
+    penalty_B, size_B = how.repetition_penalty, how.no_repeat_ngram_size
+    seen, new_B = (tokens_BS, lengths_B), lengths_B - prompts_B
     logits_BV = _when((penalty_B != 1).any(), lambda x_BV: penalise_repeats(x_BV, *seen, penalty_B), logits_BV)
     logits_BV = _when((size_B > 0).any(), lambda x_BV: ban_ngrams(x_BV, *seen, size_B), logits_BV)
-    return jnp.where(stop_V[None] & (new_B < least_B)[:, None], -jnp.inf, logits_BV)
+    logits_BV = jnp.where(stop_V[None] & (new_B < how.min_new_tokens)[:, None], -jnp.inf, logits_BV)
+    forced_B = jnp.where(new_B == 0, how.forced_bos, -1)
+    forced_B = jnp.where((lengths_B + 1 == limits_B) & (how.forced_eos >= 0), how.forced_eos, forced_B)[:, None]
+    alone_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] == forced_B, 0.0, -jnp.inf)
+    return jnp.where(forced_B >= 0, alone_BV, logits_BV)
 
 
 @shaped

@@ -1,9 +1,10 @@
 """How a CPU holds a model's weights while it reads few tokens at a time: the time of a token is that of reading them.
 
-    laid = lay(params)      blocks["mlp"]["up_DF"]: [L, D, F] -> L matrices [F, D]
+    laid = lay(params, dtype)      blocks["mlp"]["up_DF"]: [L, D, F] -> L matrices [F, D]
 
 A scan copies each layer's weight out of the stack before it uses it, which triples the time of a token. And a product
-with one row reads a matrix a third faster along what it contracts: a token of GPT-2 124M, a sixth.
+with one row reads a matrix a third faster along what it contracts: a token of GPT-2 124M, a sixth. In the dtype that
+products are computed in, bfloat16 is half as much to read.
 """
 
 import math
@@ -17,8 +18,9 @@ from jaxlm.models import Tree
 from jaxlm.nn.linear import Turned
 
 
-def lay(params: Tree) -> Tree:
-    """The decoder blocks' parameters as tuples of L arrays, their weights turned, for layers that stand in a row.
+def lay(params: Tree, dtype: Any) -> Tree:
+    """The decoder blocks' parameters as tuples of L arrays, their weights turned and in `dtype`, for layers that stand
+    in a row.
 
     On one device the weights are copies and all else views; arrays on several devices are split by layer alone.
     """
@@ -35,7 +37,8 @@ def lay(params: Tree) -> Tree:
             return tuple(jax.device_put(layer, device) for layer in np.asarray(x))
         outer = x.shape[1 + inner :]
         matrices = (layer.reshape(-1, math.prod(outer)).T for layer in np.asarray(x))
-        return tuple(Turned(jax.device_put(np.ascontiguousarray(matrix), device), outer) for matrix in matrices)
+        turned = (np.ascontiguousarray(matrix.astype(dtype, copy=False)) for matrix in matrices)
+        return tuple(Turned(jax.device_put(matrix, device), outer) for matrix in turned)
 
     return jax.tree_util.tree_map_with_path(split, params)
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxlm import axes, hf, lookup
 
 Tree = Any  # nested dicts of arrays
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json; left out, they would be a published model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Blueprint:
 
     def flops_per_token(self, length: int) -> float:
         """Model FLOPs of one token's forward and backward pass: 6 a parameter that multiplies, and attention over
-        `length` keys. Of experts those count that a token is sent to; of an encoder-decoder, one token of each.
+        `length` keys, where the family has heads. Of experts those count that a token is sent to; of an
+        encoder-decoder, one token of each.
 
         PaLM's count (arXiv:2204.02311, appendix B), without a discount for the causal mask.
         """
@@ -85,7 +87,7 @@ class Blueprint:
         for path, x in jax.tree_util.tree_leaves_with_path(self.shapes):
             if (axes.of(axes.name_of(path)) or "").startswith("E"):
                 active -= math.prod(x.shape) * (c.experts - c.chosen) // c.experts
-        return 6 * active + 12 * attentions * c.heads * c.head_width * length
+        return 6 * active + (12 * attentions * c.heads * c.head_width * length if hasattr(c, "heads") else 0)
 
 
 def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Format]:
@@ -103,7 +105,8 @@ def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, A
 
 
 def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any]]:
-    """The model_type that a model is exported as, how that is written, and its config.json.
+    """The model_type that a model is exported as, how that is written, and its config.json, where ids of specials are
+    None but for those that the model computes with.
 
     Raises `Mistake` where no model_type of transformers can express the model.
     """
@@ -112,7 +115,7 @@ def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any
         try:
             cls = form.architecture if isinstance(form.architecture, str) else form.architecture(blueprint.config)
             config = {"model_type": kind, "architectures": [cls], "vocab_size": blueprint.config.vocab}
-            config |= form.write(blueprint.config)
+            config |= dict.fromkeys(IDS) | form.write(blueprint.config)
             found = form.read(config, hf.written(form, blueprint.shapes))
             again = lookup.spend("config.json", type(blueprint.config), found, vocab=blueprint.config.vocab)
         except lookup.Mistake as e:

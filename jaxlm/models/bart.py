@@ -52,6 +52,7 @@ class Config:
     def __post_init__(self):
         if self.width % self.heads:
             raise Mistake(f"config.model: width={self.width} is no multiple of heads={self.heads}")
+        object.__setattr__(self, "decoder_layers", self.decoder_layers or self.layers)
 
     @property
     def head_width(self) -> int:

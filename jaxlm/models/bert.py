@@ -242,8 +242,9 @@ def _read_bert(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
 def _write_bert(c: Config) -> dict[str, Any]:
     if not c.types:
         raise Mistake("it has token types, one at least")
-    return dict(
-        max_position_embeddings=c.context + c.skipped, pad_token_id=c.skipped - 1 if c.skipped else 0,
+    padding = dict(pad_token_id=c.skipped - 1) if c.skipped else {}  # RoBERTa's positions count from there
+    return padding | dict(
+        max_position_embeddings=c.context + c.skipped,
         type_vocab_size=c.types, num_hidden_layers=c.layers, hidden_size=c.width, num_attention_heads=c.heads,
         intermediate_size=c.mlp_width, layer_norm_eps=c.norm_eps, hidden_act="gelu",
     )  # fmt: skip

@@ -55,6 +55,7 @@ class Config:
 
     def __post_init__(self):
         lookup.key("config.model.mlp", self.mlp, dict.fromkeys(("relu", "gelu")))
+        object.__setattr__(self, "decoder_layers", self.decoder_layers or self.layers)
 
 
 class ReluMLP(nnx.Module):

@@ -1,4 +1,4 @@
-"""Keys and values seen so far, for decoding one token at a time.
+"""Keys and values seen so far, or a recurrent layer's states, for decoding one token at a time.
 
 Row b holds its tokens in slots 0 .. lengths[b]-1, whatever the other rows do; the next token goes to slot lengths[b].
 What lies beyond is stale and out of sight of a causal mask, so prompts are padded on the right and nothing marks the
@@ -6,8 +6,12 @@ padding.
 
     k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that
               stand in a row: a layer is then read where it lies, while a scan copies it out
+
+A recurrent layer keeps its state after every token, though it reads the last one alone: a row is then set back to a
+token by its length, as all rows are.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -26,16 +30,20 @@ class Cache:
     """All layers' keys and values, heads in front of slots, and how many slots of each row are taken."""
 
     k_LBKSH: Layers
-    v_LBKSH: Layers
+    v_LBKSH: Layers | None  # None for layers that keep one thing a token
     lengths_B: jax.Array
     cross: tuple[jax.Array, jax.Array] | None = None  # an encoder's keys and values [L, B, K, S, H], read by all tokens
     real_BS: jax.Array | None = None  # which of the encoder's tokens are no padding
 
     @classmethod
-    def empty(cls, layers: int, batch: int, kv_heads: int, slots: int, head_width: int, dtype: jnp.dtype) -> "Cache":
+    def empty(
+        cls, layers: int, batch: int, kv_heads: int, slots: int, head_width: int, dtype: jnp.dtype,
+        values: bool = True,
+    ) -> "Cache":  # fmt: skip
         """Room for `slots` tokens in each row, none taken."""
         shape = (layers, batch, kv_heads, slots, head_width)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        k_LBKSH, v_LBKSH = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype) if values else None
+        return cls(k_LBKSH, v_LBKSH, jnp.zeros(batch, jnp.int32))
 
     @shaped
     def remember(self, blocks: Any, memory_BSD: jax.Array, real_BS: jax.Array) -> "Cache":
@@ -52,7 +60,7 @@ class Cache:
         return jax.tree.leaves(self.k_LBKSH)[0].shape[-2]
 
     @shaped
-    def write(self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array) -> "Cache":
+    def write(self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array | None) -> "Cache":
         """Put T new tokens of one layer behind what each row holds; `grow` then counts them, once all layers have
         written.
         """
@@ -72,13 +80,26 @@ class Cache:
                 old = jax.lax.dynamic_update_slice(old, new[None, b : b + 1], (layer, b, 0, self.lengths_B[b], 0))
             return old
 
-        return dataclasses.replace(self, k_LBKSH=put(self.k_LBKSH, k_BKTH), v_LBKSH=put(self.v_LBKSH, v_BKTH))
+        return self._with(_each(put, (self.k_LBKSH, k_BKTH), (self.v_LBKSH, v_BKTH)))
 
-    def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    def read(self, layer: jax.Array | int) -> tuple[jax.Array, Any]:
         """One layer's keys and values [B, K, S, H]."""
-        k, v = self.k_LBKSH[layer], self.v_LBKSH[layer]
-        shape = (len(self.lengths_B), -1, *k.shape[-2:])
-        return k.reshape(shape), v.reshape(shape)
+        shape = (len(self.lengths_B), -1)
+        return _each(lambda x: x[layer].reshape(*shape, *x[layer].shape[-2:]), (self.k_LBKSH,), (self.v_LBKSH,))
+
+    def last(self, layer: jax.Array | int) -> tuple[jax.Array, Any]:
+        """What one layer keeps of each row's last token [B, K, H]; zeros where a row is empty."""
+        row_B, slot_B = jnp.arange(len(self.lengths_B)), jnp.maximum(self.lengths_B - 1, 0)
+
+        def pick(x):
+            if isinstance(x, tuple):
+                x_BKSH = x[layer].reshape(len(row_B), -1, *x[layer].shape[1:])
+                x_BKH = x_BKSH[row_B, :, slot_B]
+            else:
+                x_BKH = x[layer, row_B, :, slot_B]
+            return jnp.where((self.lengths_B > 0)[:, None, None], x_BKH, 0)
+
+        return _each(pick, (self.k_LBKSH,), (self.v_LBKSH,))
 
     def grow(self, tokens: int | jax.Array) -> "Cache":
         """Count `tokens` more slots of each row as taken (a number, or one number per row)."""
@@ -98,9 +119,20 @@ class Cache:
         return Cache(k_LBKSH, v_LBKSH, self.lengths_B[index_B], cross, real_BS)
 
     def unstacked(self) -> "Cache":
-        """The same with every layer's keys and values in an array of its own."""
+        """The same with every layer's keys and values in an array of its own, in float32: a CPU would turn all of them
+        into it anew for each query.
+        """
 
         def split(x_LBKSH):
-            return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]) for x_BKSH in x_LBKSH)
+            return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]).astype(jnp.float32) for x_BKSH in x_LBKSH)
 
-        return dataclasses.replace(self, k_LBKSH=split(self.k_LBKSH), v_LBKSH=split(self.v_LBKSH))
+        return self._with(_each(split, (self.k_LBKSH,), (self.v_LBKSH,)))
+
+    def _with(self, both: tuple[Any, Any]) -> "Cache":
+        return dataclasses.replace(self, k_LBKSH=both[0], v_LBKSH=both[1])
+
+
+def _each(fn: Callable, *calls: tuple) -> tuple[Any, Any]:
+    """`fn` for the keys and for the values; None for values that are none."""
+    keys, values = (None if x is None else fn(x, *more) for x, *more in calls)
+    return keys, values

@@ -6,7 +6,7 @@ dense(y_BTNH, w_NHD, axes=2)   -> BTD
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from flax import nnx
 import jax
@@ -39,19 +39,20 @@ class Turned:
     outer: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))  # the axes of the product's result
 
 
-def dense(
-    x: jax.Array, w: jax.Array | nnx.Param, bias: jax.Array | nnx.Param | None = None, axes: int = 1
-) -> jax.Array:
+Weight: TypeAlias = jax.Array | nnx.Param | Turned
+
+
+def dense(x: jax.Array, w: Weight, bias: Weight | None = None, axes: int = 1) -> jax.Array:
     """Contract the last `axes` axes of x with the first ones of w, computed in x's dtype, and add the bias."""
-    weight = w.get_value() if isinstance(w, nnx.Param) else w
+    weight = _value(w)
     lead = x.shape[: x.ndim - axes]
     x = x.reshape(math.prod(lead), -1)
     if isinstance(weight, Turned):
-        y, outer = _against_rows(x, weight.matrix), weight.outer
+        y, outer = _against_rows(x, weight.matrix).astype(x.dtype), weight.outer
     else:
-        y, outer = x @ weight.astype(x.dtype).reshape(x.shape[1], -1), weight.shape[axes:]
-    if bias is not None:
-        y = y + bias[...].astype(x.dtype).reshape(1, -1)
+        y, outer = _product(x, weight.reshape(x.shape[1], -1)), weight.shape[axes:]
+    if bias is not None:  # rounded once it is spread, so that its gradient is summed in float32
+        y = y + jnp.broadcast_to(_value(bias).reshape(1, -1), y.shape).astype(x.dtype)
     return y.reshape(*lead, *outer)
 
 
@@ -71,9 +72,49 @@ class Head(NamedTuple):
         return (y if self.cap is None else self.cap * jnp.tanh(y / self.cap)).reshape(B, T, -1)
 
 
+def _value(w: Weight) -> Any:
+    return w.get_value() if isinstance(w, nnx.Param) else w
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """[tokens, inner], [inner, outer] -> [tokens, outer] in x's dtype."""
+    return _half_product(x, w) if x.dtype == jnp.bfloat16 and axes.platform() == "cpu" else x @ w.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _half_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """A product of bfloat16s as a CPU is fast at it: with a result in float32, which is then rounded; forward and back.
+
+    The gradient of w is not rounded at all.
+    """
+    return _summed(x, w.astype(x.dtype), 1, 0).astype(x.dtype)
+
+
+def _half_forward(x: jax.Array, w: jax.Array):
+    half = w.astype(x.dtype)
+    return _summed(x, half, 1, 0).astype(x.dtype), (x, half)
+
+
+def _half_backward(kept, d: jax.Array):
+    x, half = kept
+    return _summed(d, half, 1, 1).astype(x.dtype), _summed(x.astype(jnp.float32), d.astype(jnp.float32), 0, 0)
+
+
+_half_product.defvjp(_half_forward, _half_backward)
+
+
+def _summed(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def _against_rows(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """[tokens, inner], [outer, inner] -> [tokens, outer]; said so, and not with a transpose, XLA copies nothing."""
-    return jax.lax.dot_general(x, matrix.astype(x.dtype), (((1,), (1,)), ((), ())))
+    if x.dtype != jnp.bfloat16 or axes.platform() != "cpu":
+        return jax.lax.dot_general(x, matrix.astype(x.dtype), (((1,), (1,)), ((), ())))
+    rows = (
+        jnp.concatenate([x, x]) if len(x) == 1 else x
+    )  # a single row is a vector to XLA, which has no fast way for it
+    return _summed(rows, matrix.astype(x.dtype), 1, 1)[: len(x)]
 
 
 def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array) -> jax.Array:

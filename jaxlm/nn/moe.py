@@ -2,6 +2,7 @@
 
 Tokens are sorted by expert, so that each expert's lie together; one ragged product a layer of the MLP does the rest.
 Where devices have rows of their own, each sorts its own tokens: sorted together, all tokens would go to every device.
+One CPU has faster ways: all experts for many tokens, copies of the chosen for a few.
 """
 
 from collections.abc import Callable
@@ -52,7 +53,10 @@ class MoE(nnx.Module):
             weight = weight / weight.sum(axis=-1, keepdims=True)
         E = prob.shape[-1]
         matrices = (w[...].astype(x.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
-        y = _on_own_rows(B)(x, weight.astype(x.dtype), expert, *matrices).reshape(B, T, D)
+        place = axes.here()
+        alone = axes.platform() == "cpu" and (place is None or place[0].size == 1)
+        mixed = _on_own_rows(B) if not alone else _picked if expert.size < E else _all
+        y = mixed(x, weight.astype(x.dtype), expert, *matrices).reshape(B, T, D)
         real = jnp.ones(B * T) if real_BT is None else real_BT.reshape(-1).astype(jnp.float32)
         real = (real / jnp.maximum(real.sum(), 1.0))[:, None]
         share = jnp.zeros(E).at[expert].add(jnp.broadcast_to(real, expert.shape) / self.chosen)
@@ -85,3 +89,22 @@ def _mixed(
     hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_EDF, counts)) * jax.lax.ragged_dot(rows, up_EDF, counts)
     out = jax.lax.ragged_dot(hidden, down_EFD, counts) * weight.reshape(-1)[order][:, None]
     return jnp.zeros_like(x).at[order // chosen].add(out)
+
+
+def _all(x, weight, expert, gate_EDF, up_EDF, down_EFD):
+    """The same with every expert for every token, as one product a matrix. On a CPU a ragged product does as much for
+    each of the chosen, and holds a masked copy of the tokens for each expert.
+    """
+    E, D, F = gate_EDF.shape
+    beside = lambda w_EDF: w_EDF.transpose(1, 0, 2).reshape(D, E * F)  # noqa: E731
+    share = jnp.zeros((len(x), E), x.dtype).at[jnp.arange(len(x))[:, None], expert].add(weight)
+    hidden = jax.nn.silu(dense(x, beside(gate_EDF))) * dense(x, beside(up_EDF))
+    hidden = hidden.reshape(-1, E, F) * share[:, :, None]
+    return dense(hidden.reshape(-1, E * F), down_EFD.reshape(E * F, D))
+
+
+def _picked(x, weight, expert, gate_EDF, up_EDF, down_EFD):
+    """The same for a few tokens, fewer than there are experts: only what they chose is read."""
+    gate, up, down = (w[expert] for w in (gate_EDF, up_EDF, down_EFD))
+    hidden = jax.nn.silu(jnp.einsum("td,tcdf->tcf", x, gate)) * jnp.einsum("td,tcdf->tcf", x, up)
+    return jnp.einsum("tcf,tcfd,tc->td", hidden, down, weight)

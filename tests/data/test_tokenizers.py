@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 import sentencepiece
+import tokenizers as hf
 
 from jaxlm import lookup
 from jaxlm.data import tokenizers
 from jaxlm.data.cut import cut
 from jaxlm.lookup import Mistake
+from tests.published import AROUND, SPECIALS, template, with_tokenizer
 
 TEXTS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)][:30]
 SPECS = dict(
@@ -161,6 +163,69 @@ def test_a_hugging_face_folder_loads_with_the_specials_of_its_config(trained, tm
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": "<|endoftext|>"}, "eos_token": "s"}')
     told = tokenizers.load(tmp_path)
     assert told.pad == 0 and told.eos == told.encode("s")[0]
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_published_tokenizer_adds_what_its_file_adds(around, tmp_path):
+    """Whatever add_bos_token says: transformers 5 has an ear for the file alone."""
+    _, before, after = AROUND[around]
+    contrary = dict(add_bos_token=before is None, add_eos_token=after is None)
+    folder = with_tokenizer(tmp_path, around=around, config=contrary)
+    for place in (folder, folder / "tokenizer.json"):
+        tok = tokenizers.load(place)
+        assert (tok.add_bos, tok.add_eos) == (before is not None, after is not None)
+        front, back = [tok.bos] if tok.add_bos else [], [tok.eos] if tok.add_eos else []
+        assert [*front, *tok.encode("w7 w8"), *back] == hf.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(
+            "w7 w8"
+        ).ids
+        assert (tok.bos, tok.eos) == (SPECIALS.index(before or "<s>"), SPECIALS.index(after or "</s>"))
+
+
+def test_a_published_tokenizer_prepares_documents_with_both(tmp_path):
+    folder = with_tokenizer(tmp_path, around="gpt2", config=dict(bos_token="<|endoftext|>", eos_token="</s>"))
+    tok = tokenizers.load(dict(kind="huggingface", path=str(folder)))
+    assert (tok.bos, tok.eos, tok.add_bos, tok.add_eos) == (5, 1, True, True)
+    tok = tokenizers.load(dict(kind="huggingface", path=str(folder), add_bos=False, bos="[CLS]"))
+    assert (tok.bos, tok.eos, tok.add_bos, tok.add_eos) == (3, 1, False, True)
+
+
+def test_a_special_that_a_config_denies_is_none(tmp_path):
+    """As Qwen's: it has no bos, though there is a token with a usual name."""
+    folder = with_tokenizer(tmp_path, config=dict(bos_token=None, pad_token="<|endoftext|>"))
+    tok = tokenizers.load(folder)
+    assert (tok.bos, tok.eos, tok.pad, tok.add_bos) == (None, 1, 5, False)
+    assert tokenizers.load(dict(kind="huggingface", path=str(folder))).add_bos is False
+
+
+def test_more_specials_than_one_on_a_side_are_a_mistake(tmp_path, monkeypatch):
+    monkeypatch.setitem(AROUND, "two", (template(["[CLS]", "<s>"], []), None, None))
+    with pytest.raises(Mistake, match=r"puts \['\[CLS\]', '<s>'\] before a text and \[\] behind it"):
+        tokenizers.load(with_tokenizer(tmp_path, around="two"))
+    assert tokenizers.load(dict(kind="huggingface", path=str(tmp_path), bos="<s>")).bos == 0
+
+
+@pytest.mark.parametrize(
+    "ids, config, added",
+    [
+        (dict(bos_id=1, eos_id=2, unk_id=0), None, (True, False)),  # Llama 2's, Gemma's
+        (dict(bos_id=-1, eos_id=1, pad_id=0, unk_id=2), None, (False, True)),  # T5's
+        (dict(bos_id=1, eos_id=2, unk_id=0), dict(add_bos_token=False, add_eos_token=True), (False, True)),
+        (dict(bos_id=-1, eos_id=1, unk_id=0), dict(add_bos_token=True, add_eos_token=False), (False, False)),
+    ],
+)
+def test_a_published_sentencepiece_model_adds_what_its_family_does(ids, config, added, tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[0].split("\n")), model_writer=model, vocab_size=200, minloglevel=2,
+        hard_vocab_limit=False, **ids,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = tokenizers.load(tmp_path)
+    assert (tok.add_bos, tok.add_eos) == added
+    documents = tokenizers.load(dict(kind="sentencepiece", path=str(tmp_path)))
+    assert (documents.add_bos, documents.add_eos) == (ids["bos_id"] >= 0, True)
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,57 @@ def test_constraints_hold_in_every_row(search):
             assert len(one.tokens) >= 3 and len(pairs) == len(set(pairs))
 
 
+def test_forced_tokens_begin_and_end_every_row(search, log_probs):
+    """And cost nothing: the score is that of the tokens that were chosen."""
+    how = Sampling(forced_bos=2, forced_eos=1)
+    for prompt, found in zip(PROMPTS, search(PROMPTS, beams=30, max_new_tokens=NEW, early_stopping="never", how=how)):
+        every = []
+        for middle in itertools.product(range(V), repeat=NEW - 2):
+            row = [*prompt, 2, *middle]
+            every.append((sum(log_probs(row[: -i or None])[t] for i, t in zip((2, 1), middle)) / NEW, [2, *middle, 1]))
+        check(found, sorted(every, reverse=True))
+
+
+def test_no_option_compiles_the_search_anew(search):
+    how = dict(beams=3, max_new_tokens=NEW, stop=[STOP])
+    search(PROMPTS, **how)
+    before = search._search._cache_size()
+    for early, penalty, options in [("full", 2.0, dict(forced_bos=1)), ("never", -0.5, dict(forced_eos=2))]:
+        constraints = Sampling(repetition_penalty=1.3, min_new_tokens=2, no_repeat_ngram_size=2, **options)
+        search(PROMPTS, early_stopping=early, length_penalty=penalty, how=constraints, **how)
+    assert search._search._cache_size() == before
+
+
+def test_where_fewer_rows_than_beams_can_be_no_more_are_found(search):
+    [found] = search(PROMPTS[:1], beams=12, max_new_tokens=1, stop=[STOP])
+    assert sorted(one.tokens for one in found) == [[], [0], [1], [2], [4]]
+
+
+def test_rows_that_the_context_cuts_off_leave_the_others_theirs(search):
+    prompts = [[1] * (CONTEXT - 2), [4], [1, 2] * 14]
+    together = search(prompts, beams=3, max_new_tokens=12, stop=[STOP], early_stopping="never")
+    for prompt, found in zip(prompts, together):
+        assert max(len(one.tokens) for one in found) <= CONTEXT - len(prompt)
+        alone = search([prompt], beams=3, max_new_tokens=12, stop=[STOP], early_stopping="never")[0]
+        check(found, [(one.score, one.tokens) for one in alone])
+
+
+def test_a_score_counts_what_the_model_gives_to_ids_that_no_token_has(engine, log_probs):
+    """Its rows are embedded though the tokenizer ends before them, as in T5."""
+    narrow = BeamSearch(Engine(engine.blueprint, engine.params, V - 1))
+    [[best, *_]] = narrow([[1, 2, 0]], beams=2, max_new_tokens=NEW, early_stopping="never")
+    assert V - 1 not in best.tokens
+    total = sum(log_probs([1, 2, 0, *best.tokens[:i]])[token] for i, token in enumerate(best.tokens))
+    assert best.score == pytest.approx(total / NEW, rel=1e-5)
+
+
 def test_a_search_that_makes_no_sense_is_a_mistake(search):
     with pytest.raises(Mistake, match="beams=0"):
         search(PROMPTS, beams=0, max_new_tokens=2)
+    for penalty in (300, -300, float("nan")):  # a power of a length that is no number any more ranks nothing
+        with pytest.raises(Mistake, match=r"length_penalty=.* is outside -10 to 10"):
+            search(PROMPTS, beams=2, max_new_tokens=2, length_penalty=penalty)
     with pytest.raises(Mistake, match="did you mean 'never'"):
         search(PROMPTS, beams=2, max_new_tokens=2, early_stopping="nevr")
+    with pytest.raises(Mistake, match=r"leave no token to add; loosen .*no_repeat_ngram_size=1"):
+        search(PROMPTS, beams=2, max_new_tokens=12, how=Sampling(no_repeat_ngram_size=1))

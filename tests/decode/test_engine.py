@@ -102,6 +102,7 @@ def test_nothing_is_compiled_again_for_a_length_within_the_bucket_or_for_an_opti
     options = [
         GREEDY, Sampling(temperature=0.7), Sampling(top_k=4), Sampling(top_p=0.5, min_p=0.1),
         Sampling(repetition_penalty=1.2, no_repeat_ngram_size=2, min_new_tokens=3),
+        Sampling(forced_bos=4, forced_eos=5),
     ]  # fmt: skip
     for i, how in enumerate(options):
         prompts = [[4] * (i + 1), [5] * 12]
@@ -120,6 +121,22 @@ def test_a_row_ends_before_a_stop_token_and_goes_no_further_than_the_context(eng
         assert new == (full[: full.index(stop)] if stop in full else full)
     late = engine.generate(PROMPTS, Sampling(temperature=0, min_new_tokens=30), max_new_tokens=40, stop=range(V - 1))
     assert all(new[:30] == [V - 1] * 30 for new in late), "only one token may come before the rest may end it"
+
+
+def test_a_row_begins_and_ends_as_forced_and_in_between_as_its_logits_say(engine, alone):
+    how = Sampling(temperature=0, forced_bos=7, forced_eos=9)
+    for most, stop in ((12, []), (12, [9]), (1, []), (1000, [])):
+        for prompt, new in zip(PROMPTS, engine.generate(PROMPTS, how, max_new_tokens=most, stop=stop)):
+            room = min(most, CONTEXT - len(prompt))
+            free = max(room - 2, 0)
+            begun = [7] * (room > 1) + alone(prompt + new)[len(prompt) : len(prompt) + free].argmax(-1).tolist()
+            assert new == begun + [9] * (not stop)
+
+
+def test_a_row_ends_where_constraints_leave_no_token(engine):
+    how = Sampling(temperature=0, no_repeat_ngram_size=1)
+    for prompt, new in zip(PROMPTS, engine.generate(PROMPTS, how, max_new_tokens=50)):
+        assert sorted(prompt + new) == [*range(V)]
 
 
 def test_the_watcher_sees_every_token_once_and_may_end_a_row(engine):

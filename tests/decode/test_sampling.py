@@ -104,13 +104,14 @@ def test_options_differ_between_rows():
         assert set(sampling.choose(jnp.stack([jnp.asarray(LOGITS)] * 3), keys, how).tolist()) <= {0, 3}
 
 
-def constrain(logits, tokens, lengths, stop=(), new=None, **how):
-    B = len(tokens)
+def constrain(logits, tokens, lengths, stop=(), new=0, most=9, **how):
+    """Constrained logits of rows that hold `new` tokens behind their prompt, and may get `most`."""
+    B, lengths = len(tokens), np.array(lengths)
     stop_V = np.isin(np.arange(V), list(stop))
-    new = np.zeros(B, np.int32) if new is None else np.array(new)
+    prompts = lengths - np.array(new)
     return np.asarray(
         sampling.constrain(
-            jnp.asarray(logits), jnp.array(tokens), jnp.array(lengths), new, stop_V, Sampling(**how).rows(B)
+            jnp.asarray(logits), jnp.array(tokens), prompts, lengths, prompts + most, stop_V, Sampling(**how).rows(B)
         )
     )
 
@@ -136,8 +137,28 @@ def test_a_row_does_not_stop_before_its_least_number_of_new_tokens():
     np.testing.assert_array_equal(np.isneginf(out), [[False, True, False, True, False, False], [False] * 6])
 
 
+def test_forced_tokens_stand_alone_at_both_ends_of_what_is_new_whatever_else_is_asked():
+    others = dict(repetition_penalty=2.0, no_repeat_ngram_size=1, min_new_tokens=3)
+    alone = lambda token: np.where(np.arange(V) == token, 0, -np.inf)  # noqa: E731
+    rows = dict(logits=np.stack([LOGITS] * 3), tokens=[[5, 1, 3]] * 3, lengths=[1, 2, 3], new=[0, 1, 2], most=3)
+    first, middle, last = constrain(**rows, stop=[3], forced_bos=5, forced_eos=3, **others)
+    np.testing.assert_array_equal(first, alone(5))
+    np.testing.assert_array_equal(last, alone(3))
+    np.testing.assert_array_equal(middle, constrain(**rows, stop=[3], **others)[1])
+    np.testing.assert_array_equal(constrain(**rows | dict(most=1), forced_bos=5, forced_eos=0)[0], alone(0))
+    np.testing.assert_array_equal(constrain(**rows), np.stack([LOGITS] * 3))
+
+
 @pytest.mark.parametrize(
-    "bad", [dict(temperature=-0.1), dict(top_p=1.2), dict(top_k=-1), dict(repetition_penalty=0.0), dict(min_p=2.0)]
+    "bad",
+    [
+        dict(temperature=-0.1),
+        dict(top_p=1.2),
+        dict(top_k=-1),
+        dict(repetition_penalty=0.0),
+        dict(min_p=2.0),
+        dict(forced_eos=-2),
+    ],
 )
 def test_an_option_out_of_range_is_a_mistake_that_names_it(bad):
     with pytest.raises(Mistake, match=next(iter(bad))):

@@ -14,14 +14,19 @@ def test_a_turned_weight_multiplies_as_it_did(name, inner):
     shape = [dict(D=8, N=2, H=4, F=12)[letter] for letter in name.rpartition("_")[2]]
     stack = jax.device_put(jax.random.normal(jax.random.key(0), (3, *shape)), jax.devices()[0])
     x = jax.random.normal(jax.random.key(1), (2, 5, *shape[:inner]))
-    laid = lay({"blocks": {"attn": {name: stack}}})["blocks"]["attn"][name]
+    laid = lay({"blocks": {"attn": {name: stack}}}, "float32")["blocks"]["attn"][name]
     assert len(laid) == 3 and all(isinstance(weight, Turned) for weight in laid)
     for layer, weight in enumerate(laid):
         np.testing.assert_allclose(dense(x, weight, axes=inner), dense(x, stack[layer], axes=inner), atol=1e-5)
 
 
+def test_weights_are_as_small_as_what_products_are_computed_in():
+    stack = jax.device_put({"blocks": {"up_DF": jnp.ones((2, 8, 12))}}, jax.devices()[0])
+    assert {x.dtype for x in jax.tree.leaves(lay(stack, "bfloat16"))} == {jnp.dtype("bfloat16")}
+
+
 def test_what_is_no_weight_shares_the_memory_of_the_stack():
     params = jax.device_put({"blocks": {"bias_NH": jnp.ones((3, 16, 16))}}, jax.devices()[0])
-    layers = lay(params)["blocks"]["bias_NH"]
+    layers = lay(params, "bfloat16")["blocks"]["bias_NH"]
     start = params["blocks"]["bias_NH"].unsafe_buffer_pointer()
     assert [layer.unsafe_buffer_pointer() - start for layer in layers] == [0, 1024, 2048]

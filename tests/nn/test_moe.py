@@ -28,13 +28,15 @@ def dense_sum(moe, x_BTD):
     return jnp.einsum("bte,btef,efd->btd", weight, jax.nn.silu(gate) * up, moe.down_EFD[...])
 
 
+@pytest.mark.parametrize("devices, tokens", [(2, T), (1, T), (1, 1)], ids=["sorted", "all", "picked"])
 @pytest.mark.parametrize("chosen, renormalised", [(1, True), (2, True), (2, False), (E, False)])
-def test_it_is_the_dense_sum_over_experts(chosen, renormalised):
-    moe, x_BTD = layer(chosen, renormalised), jax.random.normal(jax.random.key(1), (B, T, D))
+def test_it_is_the_dense_sum_over_experts(chosen, renormalised, devices, tokens):
+    moe, x_BTD = layer(chosen, renormalised), jax.random.normal(jax.random.key(1), (B, tokens, D))
     graph, params = nnx.split(moe)
     both = lambda run: jax.value_and_grad(lambda p, x: (run(nnx.merge(graph, p), x) ** 2).sum(), argnums=(0, 1))  # noqa: E731
-    got = both(lambda m, x: m(x)[0])(params, x_BTD)
-    want = both(dense_sum)(params, x_BTD)
+    with axes.on(axes.mesh(devices=jax.devices()[:devices])):
+        got = jax.jit(both(lambda m, x: m(x)[0]))(params, x_BTD)
+    want = jax.jit(both(dense_sum))(params, x_BTD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 

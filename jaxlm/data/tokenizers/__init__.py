@@ -22,6 +22,7 @@ from jaxlm.lookup import Mistake
 # The module `bytes` of this folder takes that name here once it is imported, so nothing below may use the builtin.
 
 FILES = ("tokenizer.json", "*.model")  # how others name a tokenizer's file, the preferred first
+CONFIG = "tokenizer_config.json"  # beside such a file: the names of its specials
 SPEC = "spec.json"  # beside a saved tokenizer's own files: which kind it is, and how to load it again
 
 
@@ -61,7 +62,8 @@ class Tokenizer(Protocol):
 def load(source: epath.PathLike | Mapping[str, Any]) -> Tokenizer:
     """Load a saved tokenizer, a Hugging Face folder, a .model or .json file, or `dict(kind=..., path=..., ...)`.
 
-    Raises `Mistake` when nothing there is a tokenizer.
+    What others published adds bos and eos to a text as it does in transformers; loaded by its kind, to prepare
+    documents with, it adds both unless told otherwise. Raises `Mistake` when nothing there is a tokenizer.
     """
     if isinstance(source, Mapping):
         options = dict(source)
@@ -76,12 +78,20 @@ def load(source: epath.PathLike | Mapping[str, Any]) -> Tokenizer:
     file = path if path.is_file() else find(path)
     if file is None or file.suffix not in (".json", ".model"):
         raise Mistake(f"no tokenizer at {path}: looked for {SPEC}, {', '.join(FILES)}")
-    return _kind("huggingface" if file.suffix == ".json" else "sentencepiece").load(file)
+    kind = "huggingface" if file.suffix == ".json" else "sentencepiece"
+    return _kind(kind).load(file, add_bos=None, add_eos=None)
 
 
 def find(folder: epath.PathLike) -> epath.Path | None:
     """The file of a Hugging Face folder's tokenizer; None where it has none that is known here."""
     return next((file for pattern in FILES for file in sorted(epath.Path(folder).glob(pattern))), None)
+
+
+def config(folder: epath.Path) -> dict[str, Any]:
+    """What a Hugging Face folder's tokenizer_config.json says, each token by its name; empty where there is none."""
+    file = folder / CONFIG
+    said = json.loads(file.read_text()) if file.exists() else {}
+    return {key: x["content"] if isinstance(x, dict) and "content" in x else x for key, x in said.items()}
 
 
 def train(texts: Iterable[str], spec: Mapping[str, Any]) -> Tokenizer:

@@ -1,6 +1,6 @@
 """Hugging Face `tokenizers`: load any tokenizer.json; train byte-level BPE (as GPT-2) or WordPiece (as BERT).
 
-    tok = load(Path("gpt2/"))                 bos, eos and pad from tokenizer_config.json, or by their usual names
+    tok = load(Path("gpt2/"))                 bos, eos and pad from the files, or by their usual names
     tok = train(texts, vocab=32_000)          byte-level BPE: decode(encode(text)) == text
 
 A special's name inside a text is text: no document can smuggle in an end of text.
@@ -8,7 +8,6 @@ A special's name inside a text is text: no document can smuggle in an end of tex
 
 from collections import Counter
 from collections.abc import Iterable
-import json
 
 from etils import epath
 import tokenizers as hf
@@ -73,29 +72,52 @@ def load(
     bos: str | None = None,
     eos: str | None = None,
     pad: str | None = None,
-    add_bos: bool = True,
-    add_eos: bool = True,
+    add_bos: bool | None = True,
+    add_eos: bool | None = True,
 ) -> Tokenizer:
-    """Load a tokenizer.json or the folder it is in.
+    """Load a tokenizer.json or the folder it is in; `add_bos` and `add_eos` of None are what tokenizer.json does.
 
-    Specials that are not named come from the tokenizer_config.json beside it, else from the usual names that it has.
+    A bos or eos that is not named is the special that tokenizer.json puts around a text, else what the
+    tokenizer_config.json beside it says, which may be none, else one of the usual names. That config's add_bos_token
+    and add_eos_token are of older files and not read: transformers 5 looks at tokenizer.json alone, too.
     """
     file = path / FILE if path.is_dir() else path
     if not file.exists():
         raise Mistake(f"no {FILE} at {path}")
-    content, beside = file.read_text(), file.parent / "tokenizer_config.json"
-    config = json.loads(beside.read_text()) if beside.exists() else {}
-    given = dict(bos=bos, eos=eos, pad=pad)
+    content, config = file.read_text(), tokenizers.config(file.parent)
     try:
-        present = hf.Tokenizer.from_str(content).token_to_id
+        whole = hf.Tokenizer.from_str(content)
     except Exception as e:
         raise Mistake(f"{file} is not a Hugging Face tokenizer.json: {e}") from e
-    for name in given:
-        token = config.get(f"{name}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        usual = next((t for t in USUAL[name] if present(t) is not None), None)
-        given[name] = given[name] or token or usual
-    return Tokenizer(content, **given, add_bos=add_bos, add_eos=add_eos)
+    before, after = around(whole)
+    if max(len(before), len(after)) > 1 and None in (add_bos, add_eos):
+        raise Mistake(f"{file} puts {before} before a text and {after} behind it; jaxlm knows one token on either side")
+
+    def name(special: str, given: str | None, added: list[str]) -> str | None:
+        if given or added:
+            return given or added[0]
+        if f"{special}_token" in config:
+            return config[f"{special}_token"]
+        return next((token for token in USUAL[special] if whole.token_to_id(token) is not None), None)
+
+    return Tokenizer(
+        content,
+        bos=name("bos", bos, before),
+        eos=name("eos", eos, after),
+        pad=name("pad", pad, []),
+        add_bos=bool(before) if add_bos is None else add_bos,
+        add_eos=bool(after) if add_eos is None else add_eos,
+    )
+
+
+def around(whole: hf.Tokenizer) -> tuple[list[str], list[str]]:
+    """The names of the specials that a tokenizer's post-processor puts before a single text and behind it."""
+    if whole.post_processor is None:
+        return [], []
+    text = hf.Tokenizer(hf.models.WordLevel({"text": 0}, unk_token="text")).encode("text")
+    processed = whole.post_processor.process(text)
+    at = processed.special_tokens_mask.index(0)
+    return processed.tokens[:at], processed.tokens[at + 1 :]
 
 
 def train(

@@ -23,7 +23,7 @@ SPACE = "▁"  # how SentencePiece writes a space
 class Tokenizer:
     """A SentencePiece model; bos and eos are added to documents where the model has them, unless told otherwise."""
 
-    def __init__(self, model: bytes, *, add_bos: bool | None = None, add_eos: bool | None = None):
+    def __init__(self, model: bytes, *, add_bos: bool = True, add_eos: bool = True):
         self._model = model
         try:
             self._processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -31,8 +31,7 @@ class Tokenizer:
             raise Mistake(f"not a SentencePiece model: {e}") from e
         self.vocab: int = sp.vocab_size()
         self.bos, self.eos, self.pad = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id(), sp.pad_id()))
-        self.add_bos = self.bos is not None if add_bos is None else add_bos
-        self.add_eos = self.eos is not None if add_eos is None else add_eos
+        self.add_bos, self.add_eos = add_bos and self.bos is not None, add_eos and self.eos is not None
         self.fingerprint = tokenizers.fingerprint(model, self.add_bos, self.add_eos)
         self._space = self._literal_space()
 
@@ -66,12 +65,19 @@ def _restore(model: bytes, add_bos: bool, add_eos: bool) -> Tokenizer:
     return Tokenizer(model, add_bos=add_bos, add_eos=add_eos)
 
 
-def load(path: epath.Path, *, add_bos: bool | None = None, add_eos: bool | None = None) -> Tokenizer:
-    """Load any .model file, or a folder that `save` wrote."""
+def load(path: epath.Path, *, add_bos: bool | None = True, add_eos: bool | None = True) -> Tokenizer:
+    """Load any .model file, or a folder that `save` wrote.
+
+    `add_bos` and `add_eos` of None are what the tokenizer_config.json beside it says, else as the model was trained:
+    a text begins with bos (Llama, Gemma), and where the model has none, ends with eos (T5).
+    """
     file = path / MODEL if path.is_dir() else path
     if not file.exists():
         raise Mistake(f"no SentencePiece model at {file}")
-    return Tokenizer(file.read_bytes(), add_bos=add_bos, add_eos=add_eos)
+    content, config = file.read_bytes(), tokenizers.config(file.parent)
+    begins = config.get("add_bos_token", True) if add_bos is None else add_bos
+    ends = config.get("add_eos_token", Tokenizer(content).bos is None) if add_eos is None else add_eos
+    return Tokenizer(content, add_bos=begins, add_eos=ends)
 
 
 def train(

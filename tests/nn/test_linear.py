@@ -1,0 +1,33 @@
+"""Products and biases in bfloat16: rounded once, whatever way is fast where they run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.linear import Turned, dense
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_product_in_bfloat16_is_that_of_the_rounded_numbers(rows):
+    """However it is computed: the weight as it is or turned, for one row or several, forward and back."""
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(1, rows, 64), (64, 32)]))
+    half = x.astype(jnp.bfloat16)
+    exact = np.asarray(half, np.float64) @ np.asarray(w.astype(jnp.bfloat16), np.float64)
+    turned = Turned(w.T, (32,))
+    for weight in (w, turned):
+        found = dense(half, weight)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-6)
+    d_x, d_w = jax.grad(lambda x, w: dense(x, w).astype(jnp.float32).sum(), argnums=(0, 1))(half, w)
+    assert (d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(
+        d_x[0, 0].astype(float), w.astype(jnp.bfloat16).astype(float).sum(1), rtol=0.02, atol=0.02
+    )
+    np.testing.assert_allclose(d_w[:, 0], half.astype(jnp.float32)[0].sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    x, w, bias = jnp.zeros((1, 1000, 8), jnp.bfloat16), jnp.zeros((8, 4)), jnp.zeros(4)
+    found = jax.grad(lambda b: dense(x, w, b).astype(jnp.float32).sum())(bias)
+    assert found.dtype == jnp.float32 and found.tolist() == [1000.0] * 4, "in bfloat16 it would stop at 256"
