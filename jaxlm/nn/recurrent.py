@@ -88,15 +88,19 @@ class Recurrent(nnx.Module):
         else:
             zeros_BD = axes.constrain(jnp.zeros((B, D)), "BD")
             state = zeros_BD, zeros_BD if CELLS[self.cell].memory else None
-        wx_TBGF = axes.constrain(dense(x_BTD.swapaxes(0, 1), self.input_DGF, self.bias_GF), "TBGF")
-        weight = self.recur_DGF.get_value()
-        if not isinstance(weight, Turned):  # what is split over D is gathered once, and not for every token
-            weight = axes.constrain(weight.astype(x_BTD.dtype), "_GF")
+        into, weight = (_whole(w.get_value(), x_BTD.dtype) for w in (self.input_DGF, self.recur_DGF))
+        product = jax.vmap(lambda x_BD: dense(x_BD, into, self.bias_GF))  # one, over T and B as they are split
+        wx_TBGF = axes.constrain(product(x_BTD.swapaxes(0, 1)), "TBG_")
         fresh_TB = None if segments_BT is None else _fresh(segments_BT).T
         h_BTD, c_BTD = jax.tree.map(lambda x: x.swapaxes(0, 1), _states(self.cell, wx_TBGF, weight, state, fresh_TB))
         if cache is not None and layer is not None:
             cache = cache.write(layer, h_BTD[:, None], None if c_BTD is None else c_BTD[:, None])
         return h_BTD.astype(x_BTD.dtype), cache
+
+
+def _whole(weight: jax.Array | Turned, dtype: jnp.dtype) -> jax.Array | Turned:
+    """The weight on every device, gathered once: where gates are split, devices would have to talk for every token."""
+    return weight if isinstance(weight, Turned) else axes.constrain(weight.astype(dtype), "___")
 
 
 def _fresh(segments_BT: jax.Array) -> jax.Array:
