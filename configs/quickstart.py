@@ -28,10 +28,10 @@ def get_config(size: str = "full") -> ConfigDict:
     c.steps = {"full": 900, "tiny": 2}[size]
     c.every = dict(log=20, eval=300, save=300)
     c.evaluation = dict(documents=None)
-    c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=80)
+    c.samples = dict(prompts=["The", "Return a", "class"], tokens=80)
     if size == "tiny":
         c.batch = 2
         c.optimizer["warmup"] = 1
         c.model.update(layers=1, width=32, heads=2, kv_heads=2, head_width=16, mlp_width=64)
-        c.samples = dict(prompts=["The "], tokens=4)
+        c.samples = dict(prompts=["The"], tokens=4)
     return c

@@ -38,9 +38,12 @@ def documents(model: lm.LM, data: str) -> dict[str, Documents]:
         return {data: _read(model, sources.find(data))}
     path, source, split = _parts(rest)
     opened = store.open(path)
-    if opened.tokenizer().fingerprint != model.tokenizer.fingerprint:
+    made, ours = opened.tokenizer(), model.tokenizer
+    if made.fingerprint != ours.fingerprint:
+        ends = [f"bos {tok.add_bos}, eos {tok.add_eos}" for tok in (made, ours)]
         raise Mistake(
-            f"store {path} was made with another tokenizer than the model's; give its text as a source instead"
+            f"store {path} was made with another tokenizer than the model's, or one that puts other ends to a document "
+            f"({ends[0]}; the model's {ends[1]}); give its text as a source instead"
         )
     found = {name: opened.split(name, split) for name in ([source] if source else opened.sources)}
     return {f"{name} {split}": _stored(documents) for name, documents in found.items()}

@@ -195,7 +195,11 @@ class LM:
         return np.asarray(self._nll(self.params, rows))
 
     def document(self, text: str) -> np.ndarray:
-        """Token ids of a text as a store holds it: bos and eos around it, where the tokenizer adds them."""
+        """Token ids of a text as a store holds it: bos and eos around it, where the tokenizer adds them.
+
+        One that was trained here adds both; a published or exported decoder's mostly adds no eos, so that a score is
+        then without it.
+        """
         tok = self.tokenizer
         before, after = [tok.bos] if tok.add_bos else [], [tok.eos] if tok.add_eos else []
         return np.array([*before, *tok.encode(text), *after], np.int32)

@@ -1,7 +1,7 @@
 """Train a model: the same command starts, resumes and finishes a run.
 
     jaxlm train --config=configs/quickstart.py --workdir=runs/quickstart
-    jaxlm train --config=configs/quickstart.py:tiny --workdir=/tmp/try --config.optim.lr=3e-4
+    jaxlm train --config=configs/quickstart.py:tiny --workdir=/tmp/try --config.optimizer.lr=3e-4
 
 On several hosts, run it on each; the hosts find each other on Cloud TPU by --config.distributed=True, and elsewhere by
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Read `train` from top to bottom; the gradient is in

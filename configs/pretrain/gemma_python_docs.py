@@ -44,12 +44,12 @@ def get_config(size: str = "full") -> ConfigDict:
     )
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
     c.every = dict(log=20, eval=300, save=300)
-    c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=80)
+    c.samples = dict(prompts=["The", "Return a", "class"], tokens=80)
     if size == "tiny":
         c.length, c.batch = 32, 2
         c.optimizer["warmup"] = 1
         c.model.update(
             layers=2, width=32, heads=2, kv_heads=1, head_width=16, mlp_width=64, window=8, every=2, scale=16
         )
-        c.samples = dict(prompts=["The "], tokens=4)
+        c.samples = dict(prompts=["The"], tokens=4)
     return c

@@ -1,9 +1,7 @@
-"""A small Mixtral on the text that ships with every Python: two of eight experts read each token.
+"""A small Mixtral, two of eight experts a token, on the text that ships with every Python (not measured).
 
-    jaxlm prepare --config=configs/pretrain/python_docs.py                  the same store
-    jaxlm train --config=configs/pretrain/mixtral_python_docs.py --workdir=runs/mixtral_python_docs
-
-not measured
+jaxlm prepare --config=configs/pretrain/python_docs.py                  the same store
+jaxlm train --config=configs/pretrain/mixtral_python_docs.py --workdir=runs/mixtral_python_docs
 """
 
 from ml_collections import ConfigDict
@@ -38,10 +36,10 @@ def get_config(size: str = "full") -> ConfigDict:
     )
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
     c.every = dict(log=20, eval=300, save=300)
-    c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=80)
+    c.samples = dict(prompts=["The", "Return a", "class"], tokens=80)
     if size == "tiny":
         c.length, c.batch = 32, 2
         c.optimizer["warmup"] = 1
         c.model.update(layers=1, width=32, heads=2, kv_heads=2, head_width=16, mlp_width=32, experts=4)
-        c.samples = dict(prompts=["The "], tokens=4)
+        c.samples = dict(prompts=["The"], tokens=4)
     return c

@@ -29,10 +29,10 @@ def get_config(size: str = "full") -> ConfigDict:
     )
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=100, final=0.0, weight_decay=0.1, clip=1.0)
     c.every = dict(log=50, eval=500, save=500)
-    c.samples = dict(prompts=["The ", "Return a ", "class "], tokens=120)
+    c.samples = dict(prompts=["The", "Return a", "class"], tokens=120)
     if size == "tiny":
         c.length, c.batch = 32, 2
         c.optimizer["warmup"] = 1
         c.model.update(layers=1, width=32, heads=2, kv_heads=2, head_width=16, mlp_width=64)
-        c.samples = dict(prompts=["The "], tokens=4)
+        c.samples = dict(prompts=["The"], tokens=4)
     return c

@@ -50,7 +50,7 @@ def _read(name: epath.Path, wanted: Set[bytes], width: int) -> Iterator[tuple[by
                 continue
             last = len(fields) - 1 - width  # of the word's own fields
             if last < 0 or (last > 0 and _is_number(fields[last])):
-                if first:
+                if first and fields:
                     _check(name, len(fields) - 1, width)
                 values = max(len(fields) - 1, 0)
                 raise Mistake(f"{name}, line {number}: {values} values, where the others have {width}")

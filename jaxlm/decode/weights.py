@@ -47,8 +47,9 @@ def _contracted(name: str) -> int:
     """How many of its first axes a layer's weight contracts: D, or all before it; 0 for what is no weight.
 
     wq_DNH -> 1    wo_NHD -> 2    bias_F, scale_D -> 0    down_EFD -> 0: many weights, of which few are read
+    router_DE -> 0: it chooses in float32, whatever products are computed in
     """
     letters = axes.of(name) or ""
-    if len(letters) < 2 or "D" not in letters[0] + letters[-1] or letters[0] == "E":
+    if len(letters) < 2 or "D" not in letters[0] + letters[-1] or "E" in letters:
         return 0
     return 1 if letters[0] == "D" else len(letters) - 1

@@ -25,6 +25,13 @@ def test_weights_are_as_small_as_what_products_are_computed_in():
     assert {x.dtype for x in jax.tree.leaves(lay(stack, "bfloat16"))} == {jnp.dtype("bfloat16")}
 
 
+def test_a_router_chooses_alike_while_decoding():
+    """Rounded, it would send some tokens to other experts than in one pass."""
+    params = jax.device_put({"blocks": {"router_DE": jnp.full((2, 8, 4), 1 / 3)}}, jax.devices()[0])
+    layers = lay(params, "bfloat16")["blocks"]["router_DE"]
+    assert len(layers) == 2 and all(np.array_equal(layer, params["blocks"]["router_DE"][0]) for layer in layers)
+
+
 def test_what_is_no_weight_shares_the_memory_of_the_stack():
     params = jax.device_put({"blocks": {"bias_NH": jnp.ones((3, 16, 16))}}, jax.devices()[0])
     layers = lay(params, "bfloat16")["blocks"]["bias_NH"]
