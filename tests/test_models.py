@@ -216,7 +216,7 @@ def test_it_overfits_one_batch(name):
     assert mean < 0.1
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("name, remat", [*((n, "full") for n in MODELS), ("llama", "dots")], indirect=["name"])
 def test_rematerialisation_changes_no_gradient(name, params, tokens_BT, remat):
     def gradient(remat):
         model = blueprint(name, remat=remat)
@@ -258,7 +258,7 @@ def gradient(name):
 EIGHT_BT = jax.random.randint(jax.random.key(0), (8, T), 0, V)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str)
 def test_eight_devices_compute_what_one_does(name, params, sizes):
     both, (want, want_grads) = gradient(name)
     mesh = axes.mesh(**sizes)
