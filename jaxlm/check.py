@@ -138,7 +138,7 @@ def packed(ours: LM, rows: Sequence[Row]) -> Sequence[Answers]:
             hidden=lambda m, tokens, s, more: m.hidden(tokens, segments_BT=s, **more)[0],
         )
     out: list[Answers] = [{} for _ in rows]
-    for key in _has(ours) & ask.keys():
+    for key in (key for key in ask if key in _has(ours)):
         whole = np.asarray(_run(ours, ask[key], *given))[0]
         about = lengths["decoder_ids" if key == "logits" and "decoder_ids" in joined else "token_ids"]
         for answers, part in zip(out, np.split(whole, np.cumsum(about)[:-1])):
