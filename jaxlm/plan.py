@@ -22,6 +22,7 @@ from rich.table import Table
 from jaxlm import axes, lookup, program, step
 from jaxlm import config as configs
 from jaxlm.data.store import open as open_store
+from jaxlm.data.words import Words
 from jaxlm.lookup import Mistake
 
 
@@ -39,18 +40,17 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
 
 
 def compile_step(
-    config: Mapping[str, Any], where: list[Any], *, vocab: int, slices: int = 1
+    config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1
 ) -> tuple[step.Parts, jax.stages.Compiled]:
     """The parts of a run and its train step, compiled for these devices by the real compiler."""
     mesh = lookup.spend("config.mesh", axes.mesh, {**config.get("mesh", {}), "slices": slices}, devices=where)
     rules = {**axes.RULES, **config.get("rules", {})}
     names = ("model", "optimizer", "steps", "objective", "guard", "seed", "accumulate", "ema", "dtype")
     with axes.on(mesh, rules):
-        parts = step.assemble(vocab=vocab, mesh=mesh, rules=rules, **{n: config[n] for n in names if n in config})
-        rows, length = config["batch"], config["length"]
-        example = parts.task.features(
-            {n: np.zeros(length + parts.task.EXTRA, np.int32) for n in ("tokens", "segments")}
-        )
+        given = {n: config[n] for n in names if n in config}
+        parts = step.assemble(words=words, mesh=mesh, rules=rules, length=config["length"], **given)
+        row = {n: np.ones(parts.task.row, np.int32) for n in ("tokens", "segments")}
+        example, rows = parts.task.features(row, np.random.default_rng(0)), config["batch"]
         place = NamedSharding(mesh, axes.spec("B", (rows,), mesh, rules))
         batch = {n: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=place) for n, x in example.items()}
         return parts, parts.update.lower(parts.shapes, batch).compile()
@@ -61,10 +61,11 @@ def main(argv: list[str]) -> None:
     args = configs.parse(__doc__ or "", argv, workdir=None, topology="", slices=1)
     config = args.config.to_dict()
     model = config.get("model", {})
-    vocab = model["vocab"] if "vocab" in model else open_store(config["store"]).vocab
+    known = "vocab" not in model
+    words = Words.of(open_store(config["store"]).tokenizer()) if known else Words.of_size(model["vocab"])
     where = devices(args.topology, args.slices) if args.topology else jax.devices()
     begun = time.perf_counter()
-    parts, compiled = compile_step(config, where, vocab=vocab, slices=args.slices)
+    parts, compiled = compile_step(config, where, words=words, slices=args.slices)
     memory, took = compiled.memory_analysis(), time.perf_counter() - begun
     if memory is None:
         raise Mistake(f"{where[0].device_kind}: this compiler tells nothing about memory")

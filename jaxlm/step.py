@@ -7,8 +7,6 @@ A step that `Guard` refuses changes nothing but the counts in `progress`.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import functools
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +15,10 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from jaxlm import axes, lookup, optim
+from jaxlm import axes, lookup, objectives, optim
+from jaxlm.data.words import Words
 from jaxlm.models import Blueprint
-from jaxlm.nn.loss import Sums
+from jaxlm.objectives import Objective
 
 State = dict[str, Any]
 Section = Mapping[str, Any] | None
@@ -40,7 +39,7 @@ class Parts(NamedTuple):
     """What a run is made of, before anything is allocated."""
 
     blueprint: Blueprint
-    task: ModuleType  # the objective's module
+    task: Objective
     tx: optax.GradientTransformation
     rate: Callable  # step -> learning rate
     guard: Guard
@@ -53,7 +52,8 @@ def assemble(
     model: Section,
     optimizer: Section,
     steps: int,
-    vocab: int,
+    length: int,
+    words: Words,
     mesh: Mesh,
     rules: Mapping[str, Any],
     objective: Section = None,
@@ -70,17 +70,11 @@ def assemble(
     """
     if dtype == "auto":
         dtype = "float32" if axes.platform() == "cpu" else "bfloat16"
-    goal = dict(objective or {"name": "clm"})
-    task = lookup.module("jaxlm.objectives", goal.pop("name", "?"))
-    blueprint = Blueprint.of(model or {}, vocab=vocab, dtype=dtype)
-    if blueprint.kind not in task.KINDS:
-        trains = f"the objective {task.__name__.rpartition('.')[2]!r} trains models of the kind {', '.join(task.KINDS)}"
-        raise lookup.Mistake(f"{trains}, and config.model.name={blueprint.name!r} is of the kind {blueprint.kind}")
+    blueprint = Blueprint.of(model or {}, vocab=words.vocab, dtype=dtype)
+    task = objectives.of(objective, length=length, words=words, kind=blueprint.kind)
     tx, rate = lookup.spend("config.optimizer", optim.optimizer, optimizer, blueprint.shapes, steps=steps)
     limits = lookup.spend("config.guard", Guard, guard)
-    lookup.known("config.objective", goal, lookup.keywords(task.loss))
-    loss = functools.partial(task.loss, **goal)
-    function = make(blueprint, tx, loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits)
+    function = make(blueprint, tx, task.loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits)
     state = shapes(blueprint, tx, mesh, rules, ema=ema)
     places = jax.tree.map(lambda x: x.sharding, state)
     update = jax.jit(function, donate_argnums=0, out_shardings=(places, None))
@@ -150,7 +144,8 @@ def make(
             return jax.tree.map(jnp.add, total, (grads, sums)), None
 
         parts = jax.tree.map(lambda x: _interleave(x, accumulate), dict(batch))
-        zeros = jax.tree.map(jnp.zeros_like, params), Sums(*[jnp.zeros(())] * len(Sums._fields))
+        (_, sums), grads = jax.eval_shape(both, params, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
         return jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))[0]
 
     def step(state, batch):
@@ -176,13 +171,9 @@ def make(
             norm=jnp.where(good, blend, progress["norm"]),
         )
         per_token = jnp.maximum(sums.weight, 1.0)
-        metrics = dict(
-            loss=sums.nll / per_token,
-            objective=mean,
-            accuracy=sums.correct / per_token,
-            grad_norm=norm,
-            tokens=sums.weight,
-        )
+        metrics = dict(loss=sums.nll / per_token, objective=mean, accuracy=sums.correct / per_token)
+        metrics |= {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.others.items()}
+        metrics |= dict(grad_norm=norm, tokens=sums.weight)
         return new, metrics | dict(skipped=new["progress"]["skipped"], in_row=new["progress"]["in_row"])
 
     return step

@@ -32,10 +32,12 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import rows, vectors
 from jaxlm.data.store import Store
 from jaxlm.data.store import open as open_store
+from jaxlm.data.words import Words
 from jaxlm.lm import LM
 from jaxlm.log import Log, lines, setup
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from jaxlm.objectives import Objective
 
 Section = Mapping[str, Any] | None
 
@@ -71,18 +73,21 @@ def train(
 
     with axes.on(grid, rules), Stop() as stop:
         blueprint, task, tx, rate, limits, update, shapes = steps_.assemble(
-            model=model, optimizer=optimizer, objective=objective, guard=guard, steps=steps, vocab=tokens.vocab,
-            mesh=grid, rules=rules, seed=seed, accumulate=accumulate, ema=ema, dtype=dtype,
+            model=model, optimizer=optimizer, objective=objective, guard=guard, steps=steps, length=length,
+            words=Words.of(tokens.tokenizer()), mesh=grid, rules=rules, seed=seed, accumulate=accumulate, ema=ema,
+            dtype=dtype,
         )  # fmt: skip
-        stream, features = lookup.spend("config.data", _stream, data, tokens, task, length=length, seed=seed)
-        held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, length=length + task.EXTRA)
+        if samples and blueprint.kind == "encoder":
+            raise Mistake(f"config.samples: {blueprint.name} is an encoder, which writes no text; leave them out")
+        stream, features = lookup.spend("config.data", _stream, data, tokens, task, seed=seed)
+        held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, length=task.row)
         measure = jax.jit(lambda params, batch: task.loss(blueprint.bind(params), batch))
 
         def evaluate(step: int) -> dict[str, float]:
             params = state["ema" if ema else "params"]
             total = {}
             for name, documents in held_out.items():
-                found = _measure(measure, params, documents, task.features, batch, grid, rules, stop)
+                found = _measure(measure, params, documents, task, batch, grid, rules, stop)
                 if stop.asked:  # cut short: a part of the documents is no result, to log or to rank checkpoints by
                     return {}
                 log.evaluation(step, name, found)
@@ -119,8 +124,8 @@ def train(
                 )
                 if given:
                     log.say(f"{len(given[0]):,} of {tokens.vocab:,} tokens begin with a text vector")
-            local = axes.local_rows(batch, grid, rules)
-            batches = rows.batches(stream, batch=batch, start_step=start, rows=local, features=features)
+            local, noise = axes.local_rows(batch, grid, rules), None if task.exact else seed
+            batches = rows.batches(stream, batch=batch, start_step=start, rows=local, features=features, seed=noise)
             metrics, found, waited = {}, {}, 0.0
             for step in range(start + 1, steps + 1):
                 asked = time.monotonic()
@@ -195,9 +200,8 @@ class Stop:
 
 def _stream(
     store: Store,
-    task: Any,
+    task: Objective,
     *,
-    length: int,
     seed: int,
     weights: Section = None,
     packing: str = "best_fit",
@@ -205,15 +209,12 @@ def _stream(
 ) -> tuple[Any, Callable]:
     """The endless stream of training rows, and what turns a row into an example.
 
-    With `isolate=False` documents of a row see each other, and the model need not know where one ends.
+    With `isolate=False` documents of a row see each other, and a causal model need not know where one ends.
     """
-    stream = rows.train(store, length=length + task.EXTRA, seed=seed, packing=packing, isolate=isolate, weights=weights)
-
-    def features(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        example = task.features(row)
-        return example if isolate else {name: x for name, x in example.items() if name != "segments"}
-
-    return stream, features
+    stream = rows.train(store, length=task.row, seed=seed, packing=packing, isolate=isolate, weights=weights)
+    if isolate or not task.exact:
+        return stream, task.features
+    return stream, lambda row, rng: {k: x for k, x in task.features(row, rng).items() if k != "segments"}
 
 
 def _held_out(
@@ -228,27 +229,34 @@ def _measure(
     measure: Callable,
     params: Any,
     held_out: rows.Rows,
-    features: Callable,
+    task: Objective,
     batch: int,
     grid: Any,
     rules: Mapping,
     stop: Stop,
 ) -> dict[str, float]:
-    """Loss (nats per token), perplexity, accuracy and bits per UTF-8 byte over whole held-out documents."""
+    """Loss (nats per token), perplexity and accuracy over whole held-out documents, with the same noise every time.
+
+    Where the objective is exact, the bits per UTF-8 byte too.
+    """
     nats = correct = count = 0.0
-    local = axes.local_rows(batch, grid, rules)
-    for host_batch in rows.batches(held_out, batch=batch, rows=local, features=features):
-        sums = measure(params, axes.put(host_batch, batch, grid, rules))
+    others: dict[str, tuple[float, float]] = {}
+    local, seed = axes.local_rows(batch, grid, rules), None if task.exact else 0
+    for host_batch in rows.batches(held_out, batch=batch, rows=local, features=task.features, seed=seed):
+        sums = jax.device_get(measure(params, axes.put(host_batch, batch, grid, rules)))
         nats, correct, count = nats + float(sums.nll), correct + float(sums.correct), count + float(sums.weight)
+        for name, (total, weight) in sums.others.items():
+            before = others.get(name, (0.0, 0.0))
+            others[name] = before[0] + float(total), before[1] + float(weight)
         if stop.asked:
             break
-    if not stop.asked and round(count) != held_out.plan.predicted:
-        raise RuntimeError(f"evaluation scored {count:.0f} tokens of {held_out.plan.predicted}")
     mean = nats / max(count, 1.0)
-    bits = nats / math.log(2) / max(held_out.bytes or 0, 1)
-    return dict(
-        loss=mean, perplexity=math.exp(min(mean, 700.0)), accuracy=correct / max(count, 1.0), bits_per_byte=bits
-    )
+    found = dict(loss=mean, perplexity=math.exp(min(mean, 700.0)), accuracy=correct / max(count, 1.0))
+    if task.exact:
+        if not stop.asked and round(count) != held_out.plan.predicted:
+            raise RuntimeError(f"evaluation scored {count:.0f} tokens of {held_out.plan.predicted}")
+        found["bits_per_byte"] = nats / math.log(2) / max(held_out.bytes or 0, 1)
+    return found | {name: total / max(weight, 1.0) for name, (total, weight) in others.items()}
 
 
 def _check(batch: Mapping[str, np.ndarray], vocab: int, *, first: bool) -> None:

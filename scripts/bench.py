@@ -41,6 +41,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     import numpy as np
 
     from jaxlm import axes, step
+    from jaxlm.data.words import Words
 
     imported = time.perf_counter() - began
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as `jaxlm train` does
@@ -49,7 +50,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
         parts = step.assemble(
             model=dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context),
             optimizer=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0),
-            steps=1000, vocab=a.vocab, mesh=mesh, rules=axes.RULES, dtype=dtype,
+            steps=1000, length=a.context, words=Words.of_size(a.vocab), mesh=mesh, rules=axes.RULES, dtype=dtype,
         )  # fmt: skip
         state = jax.jit(functools.partial(step.init, parts.tx, ema=0.0))(parts.blueprint.init(0))
         ids = np.random.default_rng(0).integers(0, a.vocab, (2, a.batch, a.context), dtype=np.int32)

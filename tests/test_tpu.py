@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 import pytest
 
 from jaxlm import axes, plan
+from jaxlm.data.words import Words
 from jaxlm.models import Blueprint
 from tests import test_models as families
 
@@ -35,7 +36,7 @@ def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
     slices, sizes = MESHES[mesh]
     optimizer = dict(name="adamw", weight_decay=0.1, clip=1.0)
     config = dict(model=MODELS[model], optimizer=optimizer, steps=10, batch=B, length=T, mesh=sizes)
-    parts, program = plan.compile_step(config, plan.devices("v5e:4x4", slices), vocab=V, slices=slices)
+    parts, program = plan.compile_step(config, plan.devices("v5e:4x4", slices), words=Words.of_size(V), slices=slices)
     assert parts.blueprint.config.dtype == "bfloat16"
     text = program.as_text()
     _attends_by_kernel(text)
@@ -68,7 +69,7 @@ def _step(section, devices):
     """The placed parameters and the program of a real train step."""
     optimizer = dict(name="adamw", weight_decay=0.1, clip=1.0)
     config = dict(model=section, optimizer=optimizer, steps=10, batch=B, length=T, mesh=COMBINED)
-    parts, program = plan.compile_step(config, devices, vocab=V)
+    parts, program = plan.compile_step(config, devices, words=Words.of_size(V))
     return parts.shapes["params"], program.as_text()
 
 

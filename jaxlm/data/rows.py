@@ -10,7 +10,7 @@
     held_out = validation(store, "docs", length=2049)
     held_out.bytes, held_out.plan.predicted         bits per byte = nats / log(2) / bytes
 
-Noise (masking, span corruption) becomes a function of (seed, row) too by `stream.random_map(corrupt, seed=seed)`.
+Noise (masking, span corruption) is a function of (seed, row) too: `batches(..., features=corrupt, seed=seed)`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,19 +107,24 @@ def batches(
     batch: int,
     start_step: int = 0,
     rows: Sequence[tuple[int, int]] | None = None,
-    features: Callable[[Row], Row] | None = None,
+    features: Callable[[Row, np.random.Generator | None], Row] | None = None,
+    seed: int | None = None,
     threads: int = 4,
 ) -> Iterator[Row]:
     """Stack consecutive rows on a new first axis: the batch of step s is rows s * batch to (s + 1) * batch.
 
     A host that needs only some rows of each batch names them, as ranges [start, stop) within the batch. The last batch
-    of a finite data set is filled up with zeros. `features` turns a row into what the model takes; `threads` read
-    ahead, two batches each.
+    of a finite data set is filled up with zeros. `features(row, rng)` turns a row into what the model takes, with the
+    noise of `rng`, a function of (seed, row index) alone; None without a `seed`. `threads` read ahead, two
+    batches each.
     """
     if not isinstance(dataset, grain.MapDataset):
         dataset = grain.MapDataset.source(dataset)
-    if features is not None:
-        dataset = dataset.map(features)
+    if features is not None and seed is not None:
+        dataset = dataset.random_map(features, seed=_fold(seed, "noise"))
+    elif features is not None:
+        quiet = features
+        dataset = dataset.map(lambda row: quiet(row, None))
     local = np.concatenate([np.arange(*r) for r in rows]) if rows is not None else np.arange(batch)
     if local.min(initial=0) < 0 or local.max(initial=0) >= batch or not len(local):
         raise ValueError(f"rows {rows} are not ranges within a batch of {batch}")
@@ -168,9 +173,9 @@ def _plan(pack: Callable[..., Plan], store: Store, source: str, split: Split, le
     return plan
 
 
-def _fold(seed: int, source: str) -> int:
-    """A seed of its own for each source, which does not change when others come or go."""
-    return int(np.random.SeedSequence([seed, zlib.crc32(source.encode())]).generate_state(1)[0])
+def _fold(seed: int, name: str) -> int:
+    """A seed of its own for each source, and for noise, which does not change when others come or go."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 
 def _epochs(rows: Rows, seed: int) -> grain.MapDataset[Row]:

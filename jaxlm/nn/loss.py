@@ -4,6 +4,7 @@ The gradient is computed along with the loss, chunk by chunk, while a chunk's lo
 gradients of x [B, T, D] and of the head [V, D].
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ class Sums(NamedTuple):
     nll: jax.Array  # negative log-likelihood
     correct: jax.Array  # tokens whose label has the highest logit
     weight: jax.Array
+    others: Mapping[str, tuple[jax.Array, jax.Array]] = {}  # further means, each as a sum and what to divide it by
 
 
 @shaped

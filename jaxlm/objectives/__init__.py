@@ -1,0 +1,64 @@
+"""The training objectives, one file each; the folder is the registry (`config.objective.name = "mlm"` is
+`objectives/mlm.py`).
+
+A file exports
+
+    KINDS                                           the kinds of models that it trains
+    EXACT                                           whether it asks for each token but a document's first exactly once,
+                                                    without noise, so that its loss is the likelihood of the text
+    row(length, words, *, ...)                      how many tokens of a packed row make an example of `length`
+    features(row, rng, words, length, *, ...)       numpy: {"tokens", "segments"} -> an example, arrays of fixed shapes
+    loss(model, batch, key, *, ...)                 jax: `nn.loss.Sums` over the batch; dropout where there is a key
+
+`words` (jaxlm.data.words) tells special ids and where words begin, `rng` draws the noise, as a function of (seed, row)
+alone. What stands behind the stars are the options of `config.objective`; each has a default. An encoder-decoder's
+example has the encoder's `tokens` and `segments`, and the decoder's `decoder_tokens`, `decoder_segments`, `labels` and
+`weights`. The features of one objective may be used by another, which mixes them.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm import lookup
+from jaxlm.data.words import Words
+from jaxlm.nn.loss import Sums
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Objective(NamedTuple):
+    """An objective with its options, for examples of one length."""
+
+    name: str
+    exact: bool
+    row: int  # tokens
+    features: Callable[[Arrays, np.random.Generator | None], dict[str, np.ndarray]]
+    loss: Callable[..., Sums]  # (model, batch, key)
+
+
+def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: str) -> Objective:
+    """From `config.objective`, `clm` by default, for a model of this kind.
+
+    Raises `Mistake` for a name or key that is not, and for a kind of model that it does not train.
+    """
+    options = dict(section or {"name": "clm"})
+    module = lookup.module(__name__, name := options.pop("name", "?"))
+    if kind not in module.KINDS:
+        able = [n for n in lookup.names(__name__) if kind in lookup.module(__name__, n).KINDS]
+        raise lookup.Mistake(
+            f"the objective {name!r} trains models of the kind {' or '.join(module.KINDS)}, and this one is of the "
+            f"kind {kind}; objectives for it: {', '.join(able)}"
+        )
+    takes = [lookup.keywords(function) for function in (module.row, module.features, module.loss)]
+    lookup.known("config.objective", options, set().union(*takes))
+    row, features, loss = ({key: options[key] for key in options if key in keys} for keys in takes)
+
+    def example(one: Arrays, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        return module.features(one, rng, words, length, **features)
+
+    return Objective(
+        name, module.EXACT, module.row(length, words, **row), example, functools.partial(module.loss, **loss)
+    )

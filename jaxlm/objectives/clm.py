@@ -14,11 +14,16 @@ import numpy as np
 
 from jaxlm.nn.loss import Sums, cross_entropy
 
-EXTRA = 1  # a row holds one token more than the model reads
-KINDS = ("decoder",)  # what it trains; a model that sees both sides would read off what it has to predict
+KINDS = ("decoder",)  # a model that sees both sides would read off what it has to predict
+EXACT = True
 
 
-def features(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def row(length: int, *_: object) -> int:
+    """One token more than the model reads."""
+    return length + 1
+
+
+def features(row: Mapping[str, np.ndarray], *_: object) -> dict[str, np.ndarray]:
     """A packed row of length T+1 -> the model's example of length T; the last token of a document predicts nothing."""
     tokens, segments = row["tokens"], row["segments"]
     real = (segments[1:] == segments[:-1]) & (segments[1:] > 0)

@@ -179,11 +179,10 @@ def test_the_global_batch_is_the_same_on_any_number_of_hosts(store, hosts):
 
 
 def test_features_are_made_from_each_row_and_noise_from_its_index(store):
-    noisy = lambda row, rng: row | {"noise": rng.random(1)}  # noqa: E731
-    features = lambda row: {"inputs": row["tokens"][:-1], "noise": row["noise"]}  # noqa: E731
-    stream = rows.train(store, length=LENGTH, seed=0).random_map(noisy, seed=0)
-    whole = list(islice(rows.batches(stream, batch=4, features=features), 3))
-    resumed = next(rows.batches(stream, batch=4, start_step=2, rows=[(1, 3)], features=features))
+    features = lambda row, rng: {"inputs": row["tokens"][:-1], "noise": rng.random(1)}  # noqa: E731
+    stream, how = rows.train(store, length=LENGTH, seed=0), dict(batch=4, features=features, seed=0)
+    whole = list(islice(rows.batches(stream, **how), 3))
+    resumed = next(rows.batches(stream, start_step=2, rows=[(1, 3)], **how))
     assert whole[0]["inputs"].shape == (4, LENGTH - 1)
     np.testing.assert_array_equal(resumed["noise"], whole[2]["noise"][1:3])
     assert len({float(n) for batch in whole for n in batch["noise"].ravel()}) == 12

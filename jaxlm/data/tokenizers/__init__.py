@@ -38,6 +38,8 @@ class Tokenizer(Protocol):
     @property
     def pad(self) -> int | None: ...
     @property
+    def specials(self) -> Mapping[str, int]: ...  # by name, all tokens that no text is turned into
+    @property
     def add_bos(self) -> bool: ...  # whether a stored document begins with bos
     @property
     def add_eos(self) -> bool: ...
@@ -52,6 +54,13 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text again; specials leave no trace."""
+        ...
+
+    def pieces(self) -> list[str]:
+        """The text that each id stands for inside a text, with the blank before a word; "" for specials.
+
+        What is a part of a character alone is written as "�".
+        """
         ...
 
     def save(self, folder: epath.PathLike) -> None:
@@ -95,7 +104,10 @@ def config(folder: epath.Path) -> dict[str, Any]:
 
 
 def train(texts: Iterable[str], spec: Mapping[str, Any]) -> Tokenizer:
-    """Train a tokenizer on `texts`: `spec` is its kind and its training options, as in `config.prepare.tokenizer`."""
+    """Train a tokenizer on `texts`: `spec` is its kind and its training options, as in `config.prepare.tokenizer`.
+
+    Each kind takes `extra`: names of specials that objectives need, such as "<mask>" or "<extra_id_0>".
+    """
     options = dict(spec)
     if "kind" not in options:
         raise Mistake(f"a tokenizer needs a kind, one of: {', '.join(lookup.names(__name__))}")

@@ -1,6 +1,6 @@
-"""UTF-8 bytes: ids 0-255 are the bytes, then pad 256, bos 257, eos 258; "hé" is [104, 195, 169]."""
+"""UTF-8 bytes: ids 0-255 are the bytes, then pad 256, bos 257, eos 258, extra ones; "hé" is [104, 195, 169]."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from etils import epath
 
@@ -10,9 +10,14 @@ from jaxlm.data import tokenizers
 class Tokenizer:
     """The same for every text."""
 
-    vocab, pad, bos, eos = 259, 256, 257, 258
+    pad, bos, eos = 256, 257, 258
     add_bos = add_eos = True
-    fingerprint = tokenizers.fingerprint("bytes", 1)
+
+    def __init__(self, extra: Sequence[str] = ()):
+        names = ["<pad>", "<s>", "</s>", *extra]
+        self.specials = dict(zip(names, range(256, 256 + len(names))))
+        self.vocab = 256 + len(names)
+        self.fingerprint = tokenizers.fingerprint("bytes", 1, *extra)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -23,15 +28,18 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
+    def pieces(self) -> list[str]:
+        return [chr(i) if i < 128 else "\ufffd" for i in range(256)] + [""] * len(self.specials)
+
     def save(self, folder: epath.PathLike) -> None:
-        tokenizers.save(self, folder, "bytes", {})
+        tokenizers.save(self, folder, "bytes", {}, extra=list(self.specials)[3:])
 
 
-def load(path: epath.Path) -> Tokenizer:
+def load(path: epath.Path, *, extra: Sequence[str] = ()) -> Tokenizer:
     """The bytes tokenizer; nothing is read."""
-    return Tokenizer()
+    return Tokenizer(extra)
 
 
-def train(texts: Iterable[str]) -> Tokenizer:
+def train(texts: Iterable[str], *, extra: Sequence[str] = ()) -> Tokenizer:
     """The bytes tokenizer; nothing is learnt from the texts."""
-    return Tokenizer()
+    return Tokenizer(extra)

@@ -7,7 +7,8 @@ A special's name inside a text is text: no document can smuggle in an end of tex
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+import json
 
 from etils import epath
 import tokenizers as hf
@@ -37,6 +38,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in sorted(added.items()) if token.special}
         self.bos, self.eos, self.pad = map(self._special, (bos, eos, pad))
         self.add_bos, self.add_eos = add_bos and self.bos is not None, add_eos and self.eos is not None
         self.fingerprint = tokenizers.fingerprint(*self._state)
@@ -59,6 +62,21 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self) -> list[str]:
+        whole, special = json.loads(self._state[0]), set(self.specials.values())
+        inside = whole["model"].get("continuing_subword_prefix") if whole["model"]["type"] == "WordPiece" else None
+        bytewise = hf.decoders.ByteLevel() if "ByteLevel" in json.dumps(whole.get("decoder")) else None
+
+        def text(i: int) -> str:
+            token = self._tokenizer.id_to_token(i) or ""
+            if i in special or not token:
+                return ""
+            if inside is not None:  # a piece begins a word unless it says otherwise
+                return token.removeprefix(inside) if token.startswith(inside) else f" {token}"
+            return bytewise.decode([token]) if bytewise else token.replace("\u2581", " ")
+
+        return [text(i) for i in range(self.vocab)]
 
     def save(self, folder: epath.PathLike) -> None:
         content, *names = self._state
@@ -128,16 +146,18 @@ def train(
     lowercase: bool = False,
     sample: int = 50_000_000,
     min_frequency: int = 2,
+    extra: Sequence[str] = (),
 ) -> Tokenizer:
     """Train byte-level BPE ("bpe") or "wordpiece", perhaps in `lowercase`, on a sample of about `sample` characters."""
     build = key("tokenizer.algorithm", algorithm, dict(bpe=_byte_level_bpe, wordpiece=_wordpiece))
-    tokenizer = build(list(tokenizers.sentences(tokenizers.sample(texts, sample))), vocab, min_frequency, lowercase)
+    pieces = list(tokenizers.sentences(tokenizers.sample(texts, sample)))
+    tokenizer = build(pieces, vocab, min_frequency, lowercase, list(extra))
     if tokenizer.vocab > vocab:
         raise Mistake(f"tokenizer.vocab={vocab} is too small: {algorithm} needs {tokenizer.vocab} for its alphabet")
     return tokenizer
 
 
-def _byte_level_bpe(texts: list[str], vocab: int, min_frequency: int, lowercase: bool) -> Tokenizer:
+def _byte_level_bpe(texts: list[str], vocab: int, min_frequency: int, lowercase: bool, extra: list[str]) -> Tokenizer:
     if lowercase:
         raise Mistake('tokenizer.lowercase is for algorithm="wordpiece": byte-level BPE keeps every text as it is')
     end = "<|endoftext|>"
@@ -147,7 +167,7 @@ def _byte_level_bpe(texts: list[str], vocab: int, min_frequency: int, lowercase:
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab,
         min_frequency=min_frequency,
-        special_tokens=[end],
+        special_tokens=[end, *extra],
         initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -155,8 +175,8 @@ def _byte_level_bpe(texts: list[str], vocab: int, min_frequency: int, lowercase:
     return Tokenizer(trained.to_str(), bos=end, eos=end, pad=None, add_bos=True, add_eos=True)
 
 
-def _wordpiece(texts: list[str], vocab: int, min_frequency: int, lowercase: bool) -> Tokenizer:
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+def _wordpiece(texts: list[str], vocab: int, min_frequency: int, lowercase: bool, extra: list[str]) -> Tokenizer:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *extra]
     normalizer = hf.normalizers.BertNormalizer(lowercase=lowercase)
     counts = Counter(c for text in texts for c in normalizer.normalize_str(text) if not c.isspace())
     alphabet = sorted(sorted(counts), key=lambda c: -counts[c])[:LIMIT]

@@ -6,7 +6,7 @@
 Loaded models keep the normalisation that they were trained with.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import io
 import itertools
 
@@ -33,6 +33,8 @@ class Tokenizer:
         self.bos, self.eos, self.pad = (i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id(), sp.pad_id()))
         self.add_bos, self.add_eos = add_bos and self.bos is not None, add_eos and self.eos is not None
         self.fingerprint = tokenizers.fingerprint(model, self.add_bos, self.add_eos)
+        none = (sp.is_control, sp.is_unknown, sp.is_unused)
+        self.specials = {sp.id_to_piece(i): i for i in range(self.vocab) if any(kind(i) for kind in none)}
         self._space = self._literal_space()
 
     def __reduce__(self):
@@ -55,6 +57,17 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
+
+    def pieces(self) -> list[str]:
+        sp, special = self._processor, set(self.specials.values())
+
+        def text(i: int) -> str:
+            piece = sp.id_to_piece(i)
+            if sp.is_byte(i):
+                return chr(int(piece[3:5], 16)) if piece < "<0x80>" else "\ufffd"
+            return "" if i in special else piece.replace(SPACE, " ")
+
+        return [text(i) for i in range(self.vocab)]
 
     def save(self, folder: epath.PathLike) -> None:
         files = {MODEL: self._model}
@@ -88,6 +101,7 @@ def train(
     sample: int = 10_000_000,
     character_coverage: float = 0.9995,
     split_digits: bool = False,
+    extra: Sequence[str] = (),
 ) -> Tokenizer:
     """Train on a sample of about `sample` characters; raises `Mistake` when the texts do not carry that many pieces.
 
@@ -115,6 +129,7 @@ def train(
             unk_id=1,
             bos_id=2,
             eos_id=3,
+            control_symbols=list(extra),  # from id 4 on; no text is turned into them
             minloglevel=2,
         )
     except RuntimeError as e:

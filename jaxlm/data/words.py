@@ -1,0 +1,77 @@
+"""What objectives know of a tokenizer: which ids are special, and where words begin.
+
+words = Words.of(tokenizer)
+words.special_V[5]                              whether 5 stands for no text: never masked, never drawn at random
+words.begins([2, 71, 9, 12])                    [True  True  False  True]
+words.find("mask", MASK)                        the id of the first of these names that the tokenizer has
+words.sentinels                                 those of <extra_id_0>, <extra_id_1>, ... of T5 and UL2
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import re
+
+import numpy as np
+
+from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.lookup import Mistake
+
+MASK = ("<mask>", "[MASK]")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Words:
+    """Tables over the vocabulary, bool[V], and the specials by name."""
+
+    special_V: np.ndarray
+    opens_V: np.ndarray  # the piece begins with a sign that is no letter, digit or part of one: a blank, a comma
+    closes_V: np.ndarray  # it ends with one
+    specials: Mapping[str, int]
+    bos: int | None
+    eos: int | None
+    pad: int  # what fills up a row; where the tokenizer has none, 0
+    known: bool = True
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Words":
+        pieces = tokenizer.pieces()
+        inside = lambda sign: sign.isalnum() or sign in "_\ufffd"  # noqa: E731
+        special = np.asarray([not piece for piece in pieces])
+        opens = np.asarray([not piece or not inside(piece[0]) for piece in pieces])
+        closes = np.asarray([not piece or not inside(piece[-1]) for piece in pieces])
+        return cls(special, opens, closes, tokenizer.specials, tokenizer.bos, tokenizer.eos, tokenizer.pad or 0)
+
+    @classmethod
+    def of_size(cls, vocab: int) -> "Words":
+        """Stands in for a tokenizer that is not at hand, where shapes alone matter: every special sought is there."""
+        return cls(*np.zeros((3, vocab), bool), specials={}, bos=0, eos=0, pad=0, known=False)
+
+    @property
+    def vocab(self) -> int:
+        return len(self.special_V)
+
+    @property
+    def sentinels(self) -> list[int]:
+        """The ids of <extra_id_0>, <extra_id_1>, ... in this order; there may be none."""
+        found = {int(m[1]): i for name, i in self.specials.items() if (m := re.fullmatch(r"<extra_id_(\d+)>", name))}
+        return [found[i] for i in sorted(found)] if self.known else [0] * 100
+
+    def find(self, what: str, names: Iterable[str]) -> int:
+        """The id of the first of `names` that is a special here; raises `Mistake` for none."""
+        names = list(names)
+        if not self.known:
+            return 0
+        for name in names:
+            if name in self.specials:
+                return self.specials[name]
+        has = ", ".join(map(repr, self.specials)) or "none"
+        raise Mistake(
+            f"the tokenizer has no {what} token ({' or '.join(map(repr, names))}; its specials: {has}). Train it with "
+            f"config.prepare.tokenizer.extra=[{names[0]!r}]"
+        )
+
+    def begins(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each token begins a word, bool[T]: it opens one, or what stands before it has closed one."""
+        tokens = np.asarray(tokens)
+        before = np.append(True, self.closes_V[tokens[:-1]])[: len(tokens)]
+        return self.opens_V[tokens] | before
