@@ -7,5 +7,6 @@ lock() {
   uv pip compile pyproject.toml --quiet --universal --python-version=3.11 --generate-hashes --group=build \
     --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command=scripts/lock.sh "$@"
 }
-lock --output-file=requirements/core.txt "$@"
-lock --output-file=requirements/test.txt --extra=test --constraint=requirements/core.txt "$@"
+# The larger set first: what its packages agree on is what the core is pinned to.
+lock --output-file=requirements/test.txt --extra=test "$@"
+lock --output-file=requirements/core.txt --constraint=requirements/test.txt "$@"
