@@ -4,7 +4,7 @@
 
 A scan copies each layer's weight out of the stack before it uses it, which triples the time of a token. And a product
 with one row reads a matrix a third faster along what it contracts: a token of GPT-2 124M, a sixth. In the dtype that
-products are computed in, bfloat16 is half as much to read, and for a single row `Paired` reads it as fast as memory can.
+products are computed in, bfloat16 is half as much to read; for a single row `Paired` reads it as fast as memory can.
 """
 
 import math

@@ -75,7 +75,7 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, axes: int = 1) ->
 class Head(NamedTuple):
     """What turns hidden states into logits: a row a token, perhaps a bias, perhaps bent to cap tanh(logit / cap)."""
 
-    table_VD: jax.Array | Paired
+    table_VD: Any  # an array, or while decoding perhaps Paired
     bias_V: jax.Array | None = None
     cap: float | None = None
 
@@ -138,15 +138,13 @@ def _against_rows(x: jax.Array, matrix: jax.Array) -> jax.Array:
 def _against_pairs(x: jax.Array, pairs: jax.Array) -> jax.Array:
     """[1, inner], pairs [g, p, outer] -> [1, outer] in float32, nothing rounded on the way.
 
-    Written out, each element of the result is a sum of fused products along `outer`, which XLA's CPU compiler turns into
-    vector instructions that read as fast as memory gives; its own product of a bfloat16 matrix first copies it.
+    Written out, each element of the result is a sum of fused products along `outer`, which XLA's CPU compiler turns
+    into vector instructions that read as fast as memory gives; its own product of a bfloat16 matrix first copies it.
     """
     if len(x) != 1:
         raise ValueError(f"{len(x)} rows against weights that are laid out for one")
     G, P, N = pairs.shape
-    pairs, x = jax.lax.optimization_barrier(
-        (pairs, x)
-    )  # else halves are made once, before a loop over tokens, and kept
+    pairs, x = jax.lax.optimization_barrier((pairs, x))  # else a loop over tokens makes all halves before it begins
     x = jnp.pad(x[0].astype(jnp.float32), (0, 2 * G * P - x.shape[1])).reshape(G, 2 * P, 1)
     sums = jnp.zeros((G, N))
     for p in range(P):
