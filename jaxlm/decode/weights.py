@@ -52,10 +52,11 @@ def head(table_VD: jax.Array, dtype: Any, *, single: bool = False) -> Paired | N
     """The table of a model's head for one row, where `lay` changes weights for it; else None."""
     if not single or jnp.dtype(dtype) != jnp.bfloat16 or len(table_VD.devices()) > 1:
         return None
-    return pair(np.asarray(table_VD).T, *table_VD.devices(), table_VD.shape[:1])
+    (device,) = table_VD.devices()
+    return pair(np.asarray(table_VD).T, device, table_VD.shape[:1])
 
 
-def pair(matrix: np.ndarray, device: jax.Device, outer: tuple[int, ...]) -> Paired:
+def pair(matrix: np.ndarray, device: Any, outer: tuple[int, ...]) -> Paired:
     """A matrix [inner, outer] with two rows in each uint32."""
     at_once = 2 * PAIRS
     groups = -(-len(matrix) // at_once)
