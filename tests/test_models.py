@@ -48,14 +48,14 @@ decoders = pytest.mark.parametrize("name", DECODERS, indirect=True, scope="modul
 
 def read(model, tokens_BT, segments_BT=None, **where):
     """Logits; an encoder-decoder writes about a row what stands in it."""
-    if importlib.import_module(type(model).__module__).KIND == "encoder-decoder":
+    if importlib.import_module(type(model.config).__module__).KIND == "encoder-decoder":
         return model(tokens_BT, tokens_BT, segments_BS=segments_BT, segments_BT=segments_BT, **where)[0]
     return model(tokens_BT, segments_BT=segments_BT, **where)[0]
 
 
 def objective(model, batch):
     """A loss over all tokens that have a weight: the next token, or for an encoder any label."""
-    if importlib.import_module(type(model).__module__).KIND == "decoder":
+    if importlib.import_module(type(model.config).__module__).KIND == "decoder":
         return clm.loss(model, batch).loss
     logits_BTV = read(model, batch["tokens"], segments_BT=batch["segments"])
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["labels"][..., None], -1)[..., 0]
