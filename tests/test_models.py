@@ -317,6 +317,7 @@ PUBLISHED = {  # millions of parameters, with the vocabulary of each
     "mixtral": (32000, {"8x7b": 46_703, "8x22b": 140_621}),
     "rnn": (10_000, {"lstm-medium": 19.8, "lstm-large": 66.0}),
     "bert": (30522, {"bert-base": 110, "bert-large": 336, "distilbert-base": 67}),
+    "modernbert": (50368, {"modernbert-base": 149, "modernbert-large": 395}),
     "t5": (32128, {"t5-small": 60.5, "t5-base": 223, "t5-large": 738, "t5-11b": 11_307, "t5-1.1-xxl": 11_135}),
 }
 

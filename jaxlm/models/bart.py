@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxlm import axes, hf
 from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
+from jaxlm.nn import tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.linear import dropout, embed, normal, zeros
-from jaxlm.nn.mlp import MLP
+from jaxlm.nn.mlp import GELU, MLP
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.pair import Pair, through
 from jaxlm.nn.stack import stacked
@@ -66,8 +67,7 @@ class Block(nnx.Module):
         )  # fmt: skip
         self.attn, self.norm1 = attention(), LayerNorm(c.width, EPS)
         self.cross, self.cross_norm = (attention(), LayerNorm(c.width, EPS)) if decoder else (None, None)
-        gelu = functools.partial(jax.nn.gelu, approximate=False)
-        self.mlp = MLP(c.width, c.mlp_width, gelu, std=0.02, out_std=0.02, rngs=rngs)
+        self.mlp = MLP(c.width, c.mlp_width, GELU, std=0.02, out_std=0.02, rngs=rngs)
         self.norm2 = LayerNorm(c.width, EPS)
         self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
 
@@ -141,18 +141,15 @@ def _write(c: Config) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _stack(side: str) -> dict[str, tuple[str, str]]:
+def _stack(side: str) -> tables.Table:
     theirs, layer, ours = f"model.{side}", f"model.{side}.layers.{{i}}", f"{side}.blocks"
     parts = "q_proj k_proj v_proj out_proj"
     return {
         f"{theirs}.embed_positions.weight": (f"{side}.positions_TD", "T D -> T D"),
-        **hf.attention(f"{layer}.self_attn", f"{ours}.attn", parts),
-        **hf.attention(f"{layer}.encoder_attn", f"{ours}.cross", parts),
-        f"{layer}.fc1.weight": (f"{ours}.mlp.up_DF", "F D -> D F"),
-        f"{layer}.fc1.bias": (f"{ours}.mlp.bias_F", "F -> F"),
-        f"{layer}.fc2.weight": (f"{ours}.mlp.down_FD", "D F -> F D"),
-        f"{layer}.fc2.bias": (f"{ours}.mlp.bias_D", "D -> D"),
-        **hf.norms({
+        **tables.attention(f"{layer}.self_attn", f"{ours}.attn", parts),
+        **tables.attention(f"{layer}.encoder_attn", f"{ours}.cross", parts),
+        **tables.mlp(f"{layer}.fc1", f"{layer}.fc2", f"{ours}.mlp"),
+        **tables.norms({
             f"{theirs}.layernorm_embedding": f"{side}.norm", f"{layer}.self_attn_layer_norm": f"{ours}.norm1",
             f"{layer}.encoder_attn_layer_norm": f"{ours}.cross_norm", f"{layer}.final_layer_norm": f"{ours}.norm2",
         }),

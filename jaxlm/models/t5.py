@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from jaxlm import axes, hf, lookup
 from jaxlm.axes import shaped
+from jaxlm.nn import tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.linear import dense, dropout, normal
-from jaxlm.nn.mlp import GatedMLP
+from jaxlm.nn.mlp import GELU_TANH, GatedMLP
 from jaxlm.nn.norms import RMSNorm
 from jaxlm.nn.pair import Pair, through
 from jaxlm.nn.positions import RelativeBias
@@ -80,8 +81,7 @@ class Block(nnx.Module):
         self.cross_norm, self.cross = (RMSNorm(D, c.norm_eps), attention()) if decoder else (None, None)
         self.norm2 = RMSNorm(D, c.norm_eps)
         std = dict(std=D**-0.5, out_std=F**-0.5)
-        gelu = functools.partial(jax.nn.gelu, approximate=True)
-        self.mlp = ReluMLP(D, F, **std, rngs=rngs) if c.mlp == "relu" else GatedMLP(D, F, gelu, **std, rngs=rngs)
+        self.mlp = ReluMLP(D, F, **std, rngs=rngs) if c.mlp == "relu" else GatedMLP(D, F, GELU_TANH, **std, rngs=rngs)
         self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
 
     @shaped
@@ -173,17 +173,15 @@ def _write(c: Config, kind: str) -> dict[str, Any]:
 _QKVO = "q k v o"
 
 
-def _stack(side: str, mlp: int) -> dict[str, tuple[str, str]]:
+def _stack(side: str, mlp: int) -> tables.Table:
     layer, first = f"{side}.block.{{i}}.layer", f"{side}.block.0.layer.0.SelfAttention"
     return {
         f"{first}.relative_attention_bias.weight": (f"{side}.bias.table_CN", "C N -> C N"),
         f"{layer}.0.layer_norm.weight": (f"{side}.blocks.norm1.scale_D", "D -> D"),
-        **hf.attention(f"{layer}.0.SelfAttention", f"{side}.blocks.attn", _QKVO),
+        **tables.attention(f"{layer}.0.SelfAttention", f"{side}.blocks.attn", _QKVO),
         f"{layer}.{mlp}.layer_norm.weight": (f"{side}.blocks.norm2.scale_D", "D -> D"),
         f"{layer}.{mlp}.DenseReluDense.wi.weight": (f"{side}.blocks.mlp.in_DF", "F D -> D F"),
-        f"{layer}.{mlp}.DenseReluDense.wi_0.weight": (f"{side}.blocks.mlp.gate_DF", "F D -> D F"),
-        f"{layer}.{mlp}.DenseReluDense.wi_1.weight": (f"{side}.blocks.mlp.up_DF", "F D -> D F"),
-        f"{layer}.{mlp}.DenseReluDense.wo.weight": (f"{side}.blocks.mlp.down_FD", "D F -> F D"),
+        **tables.gated(f"{layer}.{mlp}.DenseReluDense", f"{side}.blocks.mlp", "wi_0 wi_1 wo"),
         f"{side}.final_layer_norm.weight": (f"{side}.norm.scale_D", "D -> D"),
     }
 
@@ -193,7 +191,7 @@ _TENSORS = {
     **_stack("encoder", 1),
     **_stack("decoder", 2),
     "decoder.block.{i}.layer.1.layer_norm.weight": ("decoder.blocks.cross_norm.scale_D", "D -> D"),
-    **hf.attention("decoder.block.{i}.layer.1.EncDecAttention", "decoder.blocks.cross", _QKVO),
+    **tables.attention("decoder.block.{i}.layer.1.EncDecAttention", "decoder.blocks.cross", _QKVO),
     "lm_head.weight": ("untied_VD", "V D -> V D"),
 }
 HF = {
