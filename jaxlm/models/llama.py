@@ -139,7 +139,8 @@ class Model(nnx.Module):
 
 
 _LONG = dict(kind="llama3", original=8192, low_freq=1.0, high_freq=4.0)
-_THIRD = dict(context=131072, kv_heads=8, rope_base=5e5)
+_THIRD = dict(context=131072, kv_heads=8, rope_base=5e5, rope_scaling=dict(_LONG, factor=8.0))
+_POCKET = dict(_THIRD, tied=True, rope_scaling=dict(_LONG, factor=32.0))
 _QWEN2 = dict(context=32768, rope_base=1e6, norm_eps=1e-6, bias="qkv")
 _QWEN3 = dict(context=40960, rope_base=1e6, norm_eps=1e-6, qk_norm=True, kv_heads=8)
 _SMALL = dict(context=8192, tied=True, head_width=64)
@@ -148,19 +149,11 @@ SIZES = {
     "llama2-13b": dict(layers=40, width=5120, heads=40, kv_heads=40, mlp_width=13824),
     "llama2-70b": dict(layers=80, width=8192, heads=64, kv_heads=8, mlp_width=28672),
     "llama3-8b": dict(context=8192, kv_heads=8, mlp_width=14336, rope_base=5e5),
-    "llama3.1-8b": dict(_THIRD, mlp_width=14336, rope_scaling=dict(_LONG, factor=8.0)),
-    "llama3.1-70b": dict(
-        _THIRD, layers=80, width=8192, heads=64, mlp_width=28672, rope_scaling=dict(_LONG, factor=8.0)
-    ),
-    "llama3.1-405b": dict(
-        _THIRD, layers=126, width=16384, heads=128, mlp_width=53248, rope_scaling=dict(_LONG, factor=8.0)
-    ),
-    "llama3.2-1b": dict(
-        _THIRD, layers=16, width=2048, head_width=64, mlp_width=8192, tied=True, rope_scaling=dict(_LONG, factor=32.0)
-    ),
-    "llama3.2-3b": dict(
-        _THIRD, layers=28, width=3072, heads=24, mlp_width=8192, tied=True, rope_scaling=dict(_LONG, factor=32.0)
-    ),
+    "llama3.1-8b": dict(_THIRD, mlp_width=14336),
+    "llama3.1-70b": dict(_THIRD, layers=80, width=8192, heads=64, mlp_width=28672),
+    "llama3.1-405b": dict(_THIRD, layers=126, width=16384, heads=128, mlp_width=53248),
+    "llama3.2-1b": dict(_POCKET, layers=16, width=2048, head_width=64, mlp_width=8192),
+    "llama3.2-3b": dict(_POCKET, layers=28, width=3072, heads=24, mlp_width=8192),
     "mistral-7b": dict(context=32768, kv_heads=8, mlp_width=14336, window=4096),
     "qwen2.5-0.5b": dict(
         _QWEN2, layers=24, width=896, heads=14, kv_heads=2, head_width=64, mlp_width=4864, tied=True

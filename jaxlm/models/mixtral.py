@@ -163,7 +163,7 @@ def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
         mlp_width=config["moe_intermediate_size" if qwen else "intermediate_size"],
         experts=config["num_local_experts"] if "num_local_experts" in config else config["num_experts"],
         chosen=config["num_experts_per_tok"], renormalised=config.get("norm_topk_prob", False) if qwen else True,
-        balance=config.get("router_aux_loss_coef", 0.001),
+        balance=config.get("router_aux_loss_coef", 0.001), norm_eps=config["rms_norm_eps"],
         tied=config.get("tie_word_embeddings", False), bias=config.get("attention_bias", False), qk_norm=qwen,
         window=config.get("sliding_window") if config.get("use_sliding_window", not qwen) else None,
     )  # fmt: skip
