@@ -20,8 +20,8 @@ from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.linear import Head, dense, dropout, embed, normal, zeros
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.masked import Dense, transformed
-from jaxlm.nn.mlp import GELU, MLP
+from jaxlm.nn.masked import transformed
+from jaxlm.nn.mlp import GELU, MLP, Dense
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import scan, stacked
 
