@@ -135,6 +135,14 @@ def test_a_row_begins_and_ends_as_forced_and_in_between_as_its_logits_say(engine
             assert new == begun + [9] * (not stop)
 
 
+def test_what_an_encoder_read_is_kept_once_however_many_rows_write_about_it():
+    sizes = dict(layers=1, width=16, heads=2, head_width=8, mlp_width=16)
+    model = Blueprint.of(dict(name="t5", **sizes), vocab=V)
+    state, _ = Engine(model, model.init(0)).start([[1, 2, 3], [4]], 8, copies=3)
+    assert len(state.done_B) == 6
+    assert {x.shape[1] for x in state.cache.cross} == {2} and len(state.cache.real) == 2
+
+
 def test_a_row_ends_where_constraints_leave_no_token(engine):
     how = Sampling(temperature=0, no_repeat_ngram_size=1)
     for prompt, new in zip(PROMPTS, engine.generate(PROMPTS, how, max_new_tokens=50)):
