@@ -3,9 +3,9 @@
     rule = contamination({"squad": "jsonl:squad/test.jsonl.gz?field=context"}, ngram=13)
     rule("... 13 words in a row that stand in squad ...")      Dropped("squad", "13 words in a row")
 
-The rule is the last of `jaxlm.data.cleaning`'s: it sees the clean text, and counts by set. Words are compared as
+It is the last of `jaxlm.data.cleaning`'s rules: it sees the clean text, and is counted by set. Words are compared as
 `jaxlm.data.shingles` normalises them; each n-gram of the sets costs 8 bytes in every worker. Texts of fewer words than
-`ngram` cannot be recognised; how many there are in each set is in the manifest. What is dropped is dropped from both splits.
+`ngram` cannot be recognised; the manifest says how many each set has. What goes is in neither split.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,6 @@ class Contamination:
     grams: Mapping[str, np.ndarray]
     ngram: int
     recipe: Mapping[str, Any]
-    short: Mapping[str, int]  # texts of fewer words, by set
 
     def __call__(self, text: str) -> str | Dropped:
         found = np.unique(shingles.hashes(text, self.ngram))
@@ -41,12 +40,12 @@ def contamination(sources: Mapping[str, str], *, ngram: int = 13) -> Contaminati
     """Read the evaluation sets (name -> source spec). Raises `Mistake` for one that cannot be, or has no n-gram."""
     if ngram < 1:
         raise Mistake(f"config.prepare.decontaminate.ngram={ngram} is a number of words, 1 at least")
-    grams, inputs, short = {}, {}, {}
+    grams, inputs = {}, {}
     for name, source in {name: source_kinds.find(spec) for name, spec in sources.items()}.items():
         found = [shingles.hashes(document.text, ngram) for document in source.read()]
-        short[name] = sum(not len(hashes) for hashes in found)
+        short = sum(not len(hashes) for hashes in found)
         grams[name] = np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
-        inputs[name] = dict(source=sources[name], inputs=dict(source.inputs))
+        inputs[name] = dict(source=sources[name], inputs=dict(source.inputs), short=short)
         if not len(grams[name]):
             raise Mistake(f"config.prepare.decontaminate: no text of {name} has {ngram} words, so none would be found")
-    return Contamination(grams, ngram, dict(ngram=ngram, sources=inputs), short)
+    return Contamination(grams, ngram, dict(ngram=ngram, sources=inputs))

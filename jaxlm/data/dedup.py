@@ -8,11 +8,11 @@
 
 Documents come in a fixed order and the first one wins: one goes when it is like an earlier one that stays. So no two
 that stay are known to be alike, whichever split they belong to. Candidates are found by locality-sensitive hashing:
-documents that agree in one of the `bands` of `rows` entries each. They are verified by the estimate from all entries (standard
-error 0.035 at a similarity of 0.8 and 128 permutations), not by the sets themselves.
+documents that agree in one of the `bands` of `rows` entries each. They are verified by the estimate from all entries
+(standard error 0.035 at a similarity of 0.8 and 128 permutations), not by the sets themselves.
 
-`verdicts` decides on one machine. Many machines come to the same verdicts: group by `Dedup.digest`, keep the first of each;
-group what is left by each of `Dedup.keys`; within a group, pairs that are `Dedup.alike`; of all pairs, the `losers`.
+`verdicts` decides on one machine. Many come to the same: group by `Dedup.digest` and keep the first of each; group the
+rest by each of `Dedup.keys`; within a group, find the pairs that are `Dedup.alike`; of all pairs, the `losers` go.
 """
 
 from collections import defaultdict

@@ -25,18 +25,23 @@ def words(text: str) -> list[str]:
 
 
 def hashes(text: str, n: int) -> np.ndarray:
-    """Hash each n-gram of words, in the order of the text: uint64[words - n + 1]; none for a text of fewer words.
+    """Hash each n-gram of a text's words, in their order: uint64[words - n + 1]; none for a text of fewer words.
 
     The same on every machine and in every process.
     """
-    found = words(text)
-    if len(found) < n:
-        return np.zeros(0, np.uint64)
-    word_hashes = _mix(np.array(RMinHash.hash_token_sets([found])[0], np.uint64))
-    count = len(found) - n + 1
-    mixed = np.zeros(count, np.uint64)
+    return ngrams(hash_words(words(text)), n)
+
+
+def hash_words(found: list[str]) -> np.ndarray:
+    """Hash words one by one: uint64[words]."""
+    return _mix(np.array(RMinHash.hash_token_sets([found])[0], np.uint64))
+
+
+def ngrams(words_T: np.ndarray, n: int) -> np.ndarray:
+    """Hash the n-grams of hashed words: uint64[T - n + 1]."""
+    mixed = np.zeros(max(0, len(words_T) - n + 1), np.uint64)
     for i in range(n):
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + word_hashes[i : i + count]
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words_T[i : i + len(mixed)]
     return _mix(mixed)
 
 

@@ -1,8 +1,8 @@
 """Rules that clean text, one file a rule or a small family; the folder is the registry.
 
     clean = Cleaner.of(["unicode", dict(name="length", min_words=2), "mypackage.filters.keep"])
-    clean("The cafÃ© is open")     Outcome("The café is open", (Step("unicode", "changed", ...), Step("length", "kept", ...), ...))
-    clean("Hm")                    Outcome(None, (..., Step("length", "dropped", why={"too few words": 1}, ...)))
+    clean("A cafÃ© is open")     Outcome("A café is open", (Step("unicode", "changed", ...), ...)
+    clean("Hm")                  Outcome(None, (..., Step("length", "dropped", {"too few words": 1}, ...)))
 
 A file's `rule(*, ...)` spends the keys of its config entry and returns a pure, picklable function of a text, which
 answers with the text (perhaps changed), with `Changed` (and what was changed how often), or with `Dropped`. A filter
