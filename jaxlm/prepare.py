@@ -76,9 +76,11 @@ def prepare(
 
     made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed, **pipeline.recipe)
     recipes = {name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found}
-    for count, name in enumerate(found):
-        recipes[name]["after"] = list(found)[:count] if dedup is not None else None  # whose documents win
-    chosen = _select(root, found, recipes, pipeline, workers) if pipeline.dedup else {}
+    order = pipeline.dedup.order(found) if pipeline.dedup else []
+    for name in found:
+        recipes[name]["after"] = order[: order.index(name)] if order else None  # whose documents win
+    ranked = {name: found[name] for name in order}
+    chosen = _select(root, ranked, recipes, pipeline, workers) if pipeline.dedup else {}
     texts = _training_texts(found, pipeline, chosen, workers)
     tok = _tokenizer(root / "tokenizer", dict(tokenizer), texts, recipes)
     for name, source in found.items():
@@ -92,7 +94,7 @@ def prepare(
 def _select(
     root: epath.Path, sources: Mapping[str, Source], recipes: Mapping[str, dict], pipeline: Pipeline, workers: int
 ) -> dict[str, Selection]:
-    """Say which documents of the unfinished sources are no duplicates, of each other or of finished sources' ones."""
+    """Say which documents of unfinished sources are no duplicates, of each other or of finished ones'; first wins."""
     folders = {name: root / name / SELECTION for name in sources}
     for name, recipe in recipes.items():
         for stored in (root / name / "manifest.json", folders[name] / "recipe.json"):
@@ -104,7 +106,8 @@ def _select(
         (root / "tokenizer").mkdir(parents=True, exist_ok=True)  # this will be a token store, if it is killed before
         for name, source in sources.items():
             folders[name].mkdir(parents=True, exist_ok=True)
-            write_json(folders[name] / "recipe.json", recipes[name])
+            if not (folders[name] / "recipe.json").exists():
+                write_json(folders[name] / "recipe.json", recipes[name])
             with _Meter(f"{name}, duplicates", source.size, 0, unit="documents") as meter:
                 for documents, characters in pipelines.look(folders[name], source, pipeline, workers):
                     meter.advance(documents, characters)

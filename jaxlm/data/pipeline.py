@@ -75,9 +75,11 @@ class Pipeline:
     @property
     def recipe(self) -> dict[str, Any]:
         """All that the outcome depends on, as JSON would give it back; None for what is not done."""
+        duplicates = dataclasses.asdict(self.dedup) if self.dedup else {}
+        duplicates.pop("prefer", None)  # what it comes to is each source's `after`
         return dict(
             clean=[dict(rule) for rule in self.cleaner.recipe] or None,
-            dedup=dataclasses.asdict(self.dedup) if self.dedup else None,
+            dedup=duplicates or None,
             decontaminate=dict(self.contamination.recipe) if self.contamination else None,
         )
 

@@ -89,7 +89,9 @@ def test_what_is_right_stays_as_it_is(text):
 
 
 def test_a_form_of_unicode_must_exist():
-    with pytest.raises(Mistake, match=r"unicode.normalization has no 'NFX'; did you mean 'NFC'"):
+    with pytest.raises(
+        Mistake, match=r"unicode.normalization has no 'NFX'; did you mean .* Choices: NFC, NFD, NFKC, NFKD, none"
+    ):
         Cleaner.of([dict(name="unicode", normalization="NFX")])
 
 
@@ -162,7 +164,7 @@ def test_gophers_limits_are_themselves_allowed():
     words = "the and " + "word " * 48
     assert clean("gopher", words)[1] == "kept" and reason("gopher", words[:-5]) == "too few words"
     assert clean("gopher", "kurz und gut gesagt " * 13, function_words=0)[1] == "kept"
-    assert clean("gopher", "the and go", min_words=3)[1] == "kept"
+    assert clean("gopher", "the and there", min_words=3)[1] == "kept"
 
 
 def test_what_repeats_is_measured_as_the_paper_says():
@@ -193,7 +195,8 @@ def test_overlapping_repetitions_count_each_character_once():
 def test_c4_keeps_lines_that_are_sentences():
     page = (
         "Home | News | About us\nThis is the first sentence of the page.\nShort one.\n"
-        'Please enable Javascript to go on.\nHe said that "this is the second sentence."\nWe use cookies to make this page better.\n'
+        'Please enable Javascript to go on.\nHe said that "this is the second sentence."\n'
+        "We use cookies to make this page better.\n"
         "This line goes on and on...\nIs this the third sentence of it?[1]\n"
     )
     text, did, why = clean("c4", page)

@@ -116,7 +116,7 @@ def planted(seed, count=120):
     texts = [text(rng, rng.randint(20, 300)) for _ in range(count)]
     for _ in range(count):
         original = rng.choice(texts)
-        texts.append(edited(rng, original, rng.randint(0, len(original.split()) // 8)))
+        texts.append(edited(rng, original, rng.randint(0, len(original.split()) // 30)))
     rng.shuffle(texts)
     return texts
 

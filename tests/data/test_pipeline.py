@@ -165,11 +165,21 @@ def test_a_source_that_joins_later_is_compared_with_those_that_were_there(corpus
     assert contents(tmp_path / "joined" / "other") == contents(tmp_path / "both" / "other")
 
 
+def test_the_first_source_by_name_wins_or_the_preferred_one(corpus, tmp_path):
+    text = "one and the same text"
+    specs = dict(b=write(tmp_path / "b.jsonl", [text, "b"]), a=write(tmp_path / "a.jsonl", [text, "a"]))
+    for prefer, a, b in ([], [text, "a"], ["b"]), (["b"], ["a"], [text, "b"]):
+        made = prepare(f"{tmp_path}/{prefer}", specs, BYTES, validation=0, workers=1, dedup=dict(prefer=prefer))
+        assert (read(made, "a"), read(made, "b")) == (a, b)
+    with pytest.raises(Mistake, match="prefer has no 'c'"):
+        prepare(f"{tmp_path}/c", specs, BYTES, workers=1, dedup=dict(prefer=["c"]))
+
+
 def test_another_rule_order_or_set_asks_for_another_store(corpus, tmp_path):
     found, rules = corpus
 
-    def run(sources=found, **changes):
-        return prepare(f"{tmp_path}/store", sources, BYTES, workers=1, **(rules | changes))
+    def run(**changes):
+        return prepare(f"{tmp_path}/store", found, BYTES, workers=1, **(rules | changes))
 
     run()
     more = [*rules["clean"], "gopher"]
@@ -179,7 +189,7 @@ def test_another_rule_order_or_set_asks_for_another_store(corpus, tmp_path):
         (dict(dedup=dict(near=0.8, permutations=64)), "dedup: .*0.7.* there, .*0.8.* now"),
         (dict(dedup=None), "dedup: .* there, None now"),
         (dict(decontaminate=None), "decontaminate: .* there, None now"),
-        (dict(sources=dict(reversed(found.items()))), r"after: \['one'\] there, \[\] now"),
+        (dict(dedup=dict(rules["dedup"], prefer=["other"])), r"after: \[\] there, \['other'\] now"),
     ]:
         with pytest.raises(Mistake, match=message):
             run(**changes)
@@ -243,15 +253,11 @@ def test_the_tokenizer_sees_neither_what_was_dropped_nor_what_was_changed(corpus
 def test_pieces_of_a_long_document_are_texts_of_their_own_to_rules_and_stay_on_one_side(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 100)
     long = "".join(f"line {i} of a long text\n" * 2 + ("forbidden\n" if i == 9 else "") for i in range(20))
-    spec = write(tmp_path / "a.jsonl", [long, "another text of some words, held out or not"])
+    spec = write(tmp_path / "a.jsonl", [long, *(f"another text of some words, number {i}" for i in range(9))])
     keep = dict(name="tests.data.own_filters.keep", word="forbidden")
     for seed in range(6):
         rules = dict(clean=[keep], dedup=dict(near=None), split_seed=seed, validation=0.5)
-        try:
-            made = prepare(f"{tmp_path}/{seed}", dict(a=spec), BYTES, workers=1, **rules)
-        except Mistake as e:
-            assert "leaves nothing to train on" in str(e)
-            continue
+        made = prepare(f"{tmp_path}/{seed}", dict(a=spec), BYTES, workers=1, **rules)
         sides = {split: "".join(t for t in read(made, "a", split) if "line" in t) for split in ("train", "validation")}
         assert sorted(map(bool, sides.values())) == [False, True]
         text = "".join(sides.values())
