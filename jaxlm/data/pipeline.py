@@ -14,7 +14,7 @@ before all was seen; cleaning alone needs none. A source's folder holds:
     STORE/docs/selection/verdicts.npz              written when all parts are there, which then go; uint8 a document
 
 A part is seen whole or not at all, so that a killed pass goes on after the last one. On disk a document costs 9 bytes
-and 4 a permutation (521) until the verdicts are there; in memory what `dedup.verdicts` says.
+and 4 a permutation (1,033) until the verdicts are there; in memory what `dedup.verdicts` says.
 """
 
 from collections import Counter

@@ -79,7 +79,7 @@ def test_mojibake_entities_line_ends_and_control_signs_are_mended(broken, mended
         "if (a < b &amp;&amp; c)",
         "naïve Ünïcödé",
         "10³ µm",
-        "漢字かな",
+        "漢字（かな）ＡＢＣ、ｱ",
         "a\tb\n\n  c",
         "Ã la carte"[1:],
     ],

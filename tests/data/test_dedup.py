@@ -96,7 +96,7 @@ def test_hashes_do_not_depend_on_the_process_nor_on_the_library():
         18436299660062216254,
     ]
     assert dedup().digest("The cat") == 15621612629676276010
-    assert dedup().signature("the cat sat on the mat again")[:3].tolist() == [3595427496, 3434752436, 302230925]
+    assert dedup().signature("the cat sat on the mat again")[:3].tolist() == [3595427496, 3434752436, 3855844374]
 
 
 @given(st.lists(st.text("ab ", min_size=1, max_size=8), max_size=12), st.integers(1, 4))
@@ -177,7 +177,7 @@ def test_the_estimate_is_as_exact_as_minhash_is():
         one = text(rng)
         other = edited(rng, one, 5)
         errors.append((d.signature(one) == d.signature(other)).mean() - jaccard(d, one, other))
-    assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 1.3 * np.sqrt(0.8 * 0.2 / 128)
+    assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 1.3 * np.sqrt(0.8 * 0.2 / 256)
 
 
 @pytest.mark.parametrize(
