@@ -7,8 +7,10 @@ Read `prepare` first.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import functools
 import itertools
+import json
 import os
 import re
 import time
@@ -23,6 +25,7 @@ from jaxlm import config, program
 from jaxlm.data import sources as source_kinds
 from jaxlm.data import store as token_store
 from jaxlm.data import tokenizers
+from jaxlm.data.augmentation import Augmentation, Write
 from jaxlm.data.encode import dtype, encode
 from jaxlm.data.sources import Source
 from jaxlm.data.splits import Splitter
@@ -41,6 +44,7 @@ def prepare(
     validation: float = 0.05,
     split: str = "document",
     split_seed: int = 0,
+    augment: Sequence[Mapping[str, Any]] = (),
     workers: int | None = None,
     overwrite: bool = False,
 ) -> token_store.Store:
@@ -48,12 +52,14 @@ def prepare(
 
     `tokenizer` is a kind with its training options, or with the `path` of one to load; it is trained on the training
     split of all sources. `split` says what is held out for validation: whole documents ("document"), or the "tail" of
-    each (`jaxlm.data.splits`). The store is the same for every number of `workers` (processes; one for each core).
+    each (`jaxlm.data.splits`). `augment` are rules that make further training documents (`jaxlm.data.augmentation`); the
+    tokenizer is trained without them. The store is the same for every number of `workers` (processes; one for each core).
     Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
     """
     if not store:
         raise Mistake("config.store is missing: the folder that will hold the tokens, for example data/python_docs")
     splitter = Splitter(split, validation, split_seed)
+    augmentation = Augmentation(augment, _load)
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
     root = epath.Path(store)
     if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
@@ -66,9 +72,33 @@ def prepare(
     recipes = {name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found}
     tok = _tokenizer(root / "tokenizer", dict(tokenizer), found, recipes, splitter)
     for name, source in found.items():
-        recipe = dict(recipes[name], tokenizer=tok.fingerprint)
-        _prepare_source(root / name, source, recipe, tok, splitter, workers or _cores())
+        recipe = dict(recipes[name], tokenizer=tok.fingerprint, augment=json.loads(json.dumps([*map(dict, augment)])) or None)
+        _prepare_source(root / name, source, recipe, tok, splitter, augmentation, workers or _cores())
     return token_store.open(store)
+
+
+@functools.cache
+def _load(workdir: str) -> Write:
+    """An encoder-decoder that writes for `jaxlm.data.augmentation`, which knows no models."""
+    from jaxlm import lm  # here, so that preparing without it needs no jax
+
+    model = lm.load(workdir)
+    if model.blueprint.kind != "encoder-decoder":
+        raise Mistake(f"config.prepare.augment: {workdir} is of the kind {model.blueprint.kind}, no encoder-decoder")
+
+    def write(texts: list[str], copies: int, *, beams: int, max_new_tokens: int) -> list[list[str]]:
+        fits = [0 < len(model.document(text)) <= model.context for text in texts]
+        how: dict[str, Any] = dict(beams=beams) if beams > 1 else dict(temperature=0.0)
+        found = iter(
+            model.generate(
+                [text for text, fit in zip(texts, fits) if fit],
+                max_new_tokens=max_new_tokens, num_return_sequences=copies, **how,
+            )
+        )  # fmt: skip
+        answers = [next(found) if fit else [] for fit in fits]
+        return [[answer] if isinstance(answer, str) else answer for answer in answers]
+
+    return write
 
 
 def _cores() -> int:
@@ -129,6 +159,7 @@ def _prepare_source(
     recipe: dict[str, Any],
     tok: tokenizers.Tokenizer,
     splitter: Splitter,
+    augmentation: Augmentation,
     workers: int,
 ) -> None:
     """Write one source's arrays, committing its progress as it goes, and its manifest last."""
@@ -140,20 +171,21 @@ def _prepare_source(
         print(f"{folder.name}: already prepared, {_summary(done)}")
         return
     state = read_json(progress) if progress.exists() else dict(recipe, read=0, splits=None)
-    _same(folder, {k: state[k] for k in recipe}, recipe)
+    _same(folder, {k: state.get(k) for k in recipe}, recipe)
     if state["read"]:
         print(f"{folder.name}: going on after {state['read']:,} documents")
 
-    tally: Counter[str] = Counter()
+    tally, copies = Counter[str](), Counter[str](state.get("copies"))
     texts = itertools.islice(splitter.parts(source.read(tally)), state["read"], None)
     writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
     with _Meter(folder.name, source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
-        for read, parts in encode(texts, tok, workers, state["read"]):
+        for read, parts in encode(texts, tok, workers, state["read"], augmentation):
             for part in parts:
-                writer.append(*part)
+                writer.append(part.split, part.tokens, part.lengths, part.sizes)
+                copies.update(part.copies)
                 meter.advance(len(part.tokens), int(part.sizes.sum()))
             if writer.waiting >= COMMIT:
-                write_json(progress, dict(recipe, read=read, splits=writer.commit()))
+                write_json(progress, dict(recipe, read=read, splits=writer.commit(), copies=copies))
     splits = writer.commit()
     if not splits["train"]["documents"]:
         folder.rmtree()  # a source that can never be finished must not keep the others from being used
@@ -161,7 +193,7 @@ def _prepare_source(
     if splitter.validation and not splits["validation"]["documents"]:
         print(f"{folder.name}: no document fell into validation; with so few, split='tail' holds out a part of each")
     cut, skipped = tally.pop("cut", 0), {fault: count for fault, count in sorted(tally.items()) if count}
-    outcome = dict(vocab=tok.vocab, licence=source.licence, splits=splits, cut=cut, skipped=skipped)
+    outcome = dict(vocab=tok.vocab, licence=source.licence, splits=splits, cut=cut, skipped=skipped, copies=copies)
     write_json(manifest, recipe | outcome)
     progress.unlink(missing_ok=True)
     print(f"{folder.name}: {_summary(outcome)}, {meter.rate:,.0f} tokens/s")
@@ -173,7 +205,8 @@ def _summary(manifest: Mapping[str, Any]) -> str:
         for split, size in manifest["splits"].items()
     ]
     skipped = [f"left out: {count:,} ({fault})" for fault, count in manifest["skipped"].items()]
-    return "; ".join(splits + skipped)
+    copies = [f"{kind}: {count:,} copies" for kind, count in manifest.get("copies", {}).items()]
+    return "; ".join(splits + copies + skipped)
 
 
 class _Meter:

@@ -6,8 +6,8 @@
 Read `encode` first.
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 import itertools
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.data.augmentation import Augmentation
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.lookup import Mistake
 
@@ -35,6 +36,7 @@ class Part(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     sizes: np.ndarray
+    copies: Mapping[str, int] = Counter()  # how many of them augmentation made, by the kind of rule
 
 
 def dtype(tokenizer: Tokenizer) -> str:
@@ -43,19 +45,23 @@ def dtype(tokenizer: Tokenizer) -> str:
 
 
 def encode(
-    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, workers: int, read: int = 0
+    texts: Iterable[tuple[str, str]],
+    tokenizer: Tokenizer,
+    workers: int,
+    read: int = 0,
+    augmentation: Augmentation = Augmentation(),
 ) -> Iterator[tuple[int, list[Part]]]:
-    """Encode pairs of (training text, validation text), of which `read` were read before.
+    """Encode pairs of (training text, validation text), of which `read` were read before; training text augmented.
 
-    Yields how many pairs are read by now, and what came of the latest. Memory is bounded: a few batches for each worker
+    Where a rule asks a model, this process does it all: the model is there once. Yields how many pairs are read by now, and what came of the latest. Memory is bounded: a few batches for each worker
     are under way at a time.
     """
     batches = _batches(texts, read)
-    for read, batch in itertools.islice(batches, None if workers == 1 else ALONE):
-        yield read, _encode(tokenizer, batch)
+    for read, batch in itertools.islice(batches, None if workers == 1 or augmentation.by_model else ALONE):
+        yield read, _encode(tokenizer, augmentation, batch)
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of the libraries, held or not
     waiting: deque = deque()
-    with ProcessPoolExecutor(workers, context, _start, (tokenizer,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (tokenizer, augmentation)) as pool:
         try:
             for read, batch in batches:
                 waiting.append((read, pool.submit(_work, batch)))
@@ -82,22 +88,25 @@ def _batches(texts: Iterable[tuple[str, str]], read: int) -> Iterator[tuple[int,
         yield read, batch
 
 
-def _encode(tokenizer: Tokenizer, batch: Batch) -> list[Part]:
+def _encode(tokenizer: Tokenizer, augmentation: Augmentation, batch: Batch) -> list[Part]:
     before = [tokenizer.bos] if tokenizer.add_bos else []
     after = [tokenizer.eos] if tokenizer.add_eos else []
     parts = []
     for split in sorted({split for split, _ in batch}):
-        texts = [text for of, text in batch if of == split]
+        texts, copies = [text for of, text in batch if of == split], Counter()
+        if split == "train" and augmentation:
+            texts, copies = augmentation(texts)
         documents = [np.array([*before, *ids, *after], dtype(tokenizer)) for ids in tokenizer.encode_batch(texts)]
         lengths, sizes = [len(document) for document in documents], [len(text.encode()) for text in texts]
-        parts.append(Part(split, np.concatenate(documents), np.array(lengths, np.int64), np.array(sizes, np.int64)))
+        counts = np.array(lengths, np.int64), np.array(sizes, np.int64)
+        parts.append(Part(split, np.concatenate(documents), *counts, copies))
     return parts
 
 
-def _start(tokenizer: Tokenizer) -> None:
-    """Set a worker up: it has the tokenizer, leaves Ctrl-C to its parent, and does not outlive it."""
-    global _tokenizer
-    _tokenizer = tokenizer
+def _start(tokenizer: Tokenizer, augmentation: Augmentation) -> None:
+    """Set a worker up: it has the tokenizer and the rules, leaves Ctrl-C to its parent, and does not outlive it."""
+    global _tools
+    _tools = tokenizer, augmentation
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -111,9 +120,9 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-_tokenizer: Tokenizer | None = None
+_tools: tuple[Tokenizer, Augmentation] | None = None
 
 
 def _work(batch: Batch) -> list[Part]:
-    assert _tokenizer is not None
-    return _encode(_tokenizer, batch)
+    assert _tools is not None
+    return _encode(*_tools, batch)
