@@ -17,7 +17,7 @@ from jaxlm.models import Blueprint
 from jaxlm.prepare import prepare
 from tests.test_prepare import Killed, contents, read
 
-TEXT = "The quick brown fox jumps over a lazy dog.  It was sad, and the dog slept!\n\n\tA fox is quick? (Yes.)\nso it is"
+TEXT = "The quick brown fox jumps over a dog.  It was sad, and the dog slept!\n\n\tA fox is quick? (Yes.)\nso it is"
 TEXTS = [f"{TEXT} {i}" for i in range(40)]
 
 
@@ -72,8 +72,9 @@ def test_copies_stand_beside_the_original_or_in_its_place(kind):
 def test_rules_work_on_the_original_one_after_the_other():
     specs = [dict(name="noise", rate=0.5), dict(name="noise", rate=0.5), dict(name="eda", copies=2)]
     made, counts = Augmentation(specs)([TEXT])
-    assert made == [TEXT, *(t for spec in specs for t in made[1:] if t in made) if False else made[1:]]
-    assert len(set(made)) == 5 and counts == dict(noise=2, eda=2)
+    assert made[0] == TEXT and len(set(made)) == 5 and counts == dict(noise=2, eda=2)
+    alone = [Augmentation([dict(specs[0], rate=0)] * nth + [specs[nth]])([TEXT])[0][1:] for nth in range(3)]
+    assert [text for texts in alone for text in texts] == made[1:]
 
 
 @pytest.mark.parametrize("text", ["", "word", " \n ", "a.b", "?!... x", "。", TEXT])
@@ -110,7 +111,7 @@ def test_eda_does_what_the_paper_says(synonyms):
         spec = dict(name="eda", synonyms=synonyms, operations=[operation], alpha=alpha, copies=30)
         return Augmentation([spec])([text])[0][1:]
 
-    original = "a sad dog barks at Quick, quiet cats today often".split()
+    original = ["a", "sad", "dog", "barks", "at", "Quick,", "quiet", "cats", "today", "often"]
     replaced = [[(a, b) for a, b in zip(original, new.split()) if a != b] for new in made("replace", 0.1)]
     assert {pair for pairs in replaced for pair in pairs} == {
         ("sad", "unhappy"), ("sad", "sorrowful"), ("Quick,", "Fast,"),
@@ -137,8 +138,7 @@ def test_models_write_sentence_by_sentence_and_what_they_cannot_stays():
     assert made == [text, "<.owt enO:p0  <eerht:p0\n\nA b.\n".replace("A b.", "<.b A:p0"), made[2]]
     assert made[2].startswith("<.owt enO:p1  ")
     made, _ = Augmentation([dict(name="translate", there="<", back=">", copies=2)], backwards)([text])
-    assert made[1:] == [f"><One two.{i}  ><three{i}\n\nA b.\n".replace("><", f">0").replace(">0", ">0", 1) for i in ()] + made[1:]
-    assert made[1].endswith("\n\nA b.\n") and "One two." in made[1] and len(made) == 3
+    assert made == [text, *(f">0One two.<{i}  >0three<{i}\n\nA b.\n" for i in range(2))]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_augmented_differently_it_says_so(corpus, tmp_path):
 
 def write_pair(workdir, tokenizer):
     """The workdir of a tiny encoder-decoder that was never trained: it writes, whatever it may be."""
-    section = dict(name="t5", layers=1, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=32, context=64)
+    section = dict(name="t5", layers=1, width=16, heads=2, head_width=8, mlp_width=32, context=64)
     blueprint = Blueprint.of(section, vocab=tokenizer.vocab)
     workdir.mkdir()
     tokenizer.save(workdir / "tokenizer")
@@ -276,12 +276,9 @@ def test_the_command_augments_as_the_config_says(corpus, tmp_path):
     config.write_text(
         "from ml_collections import ConfigDict\n"
         "def get_config():\n"
-        f"    return ConfigDict(dict(store='{tmp_path}/store', prepare=dict(sources=dict({corpus=}['corpus']),\n"
-        "        tokenizer=dict(kind='bytes'), augment=[dict(name='noise', rate=0.5, kinds=('drop',))])))\n".replace(
-            "{corpus=}['corpus']", repr(corpus)
-        )
+        f"    return ConfigDict(dict(store='{tmp_path}/store', prepare=dict(sources={corpus!r},\n"
+        "        tokenizer=dict(kind='bytes'), augment=[dict(name='noise', rate=0.5, kinds=('drop',))])))\n"
     )
-    config.write_text(config.read_text().replace(f"dict({corpus=}['corpus'])", repr(corpus)))
     for _ in range(2):
         program.main([f"--config={config}", "--workers=1"])
     assert store.open(f"{tmp_path}/store").manifest("docs")["copies"]["noise"] > 60

@@ -78,16 +78,17 @@ def _eda(
                 inner = [gaps[i + 1] for i in kept[:-1]]
                 found, gaps = [found[i] for i in kept], [gaps[0], *inner, gaps[-1]]
             case operation:
-                able = [i for i, word in enumerate(found) if _core(word)[1].lower() in synonyms]
-                for i in sorted(rng.permutation(able)[:times].tolist(), reverse=True):
-                    before, core, after = _core(found[i])
+                cores = [_core(word) for word in found]
+                able = [i for i, (_, core, _) in enumerate(cores) if core.lower() in synonyms]
+                for i in rng.permutation(able)[:times].tolist():
+                    before, core, after = cores[i]
                     others = synonyms[core.lower()]
                     new = others[rng.integers(len(others))]
-                    if operation == "replace":
-                        found[i] = before + (new[:1].upper() + new[1:] if core[0].isupper() else new) + after
-                    else:
+                    if operation == "insert":
                         at = int(rng.integers(len(found)))
                         found[at] = f"{new} {found[at]}"
+                    else:
+                        found[i] = before + (new[:1].upper() + new[1:] if core[0].isupper() else new) + after
         out.append(joined(found, gaps))
     return "".join(out)
 

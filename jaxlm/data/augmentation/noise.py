@@ -53,7 +53,7 @@ def _noise(text: str, rng: np.random.Generator, *, rate: float, kinds: tuple[str
                 found[i] = word[: at + 1] + word[at:]
             case "case":
                 found[i] = word.upper() if word.islower() else word.lower()
-            case "space" if i + 1 < len(found):
+            case "space" if i + 1 < len(found) and "\n" not in gaps[i + 1]:
                 gaps[i + 1] = "" if rng.random() < 0.5 else gaps[i + 1] + gaps[i + 1][-1]
             case "word" if len(found) > 1:
                 blanks = gaps[i : i + 2] if i else gaps[:1]  # of two that would meet, the one that ends a line
