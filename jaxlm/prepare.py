@@ -38,7 +38,7 @@ from jaxlm.data.store import read_json, write_json
 from jaxlm.lookup import Mistake, known, spend
 
 COMMIT = 4 << 20  # tokens between two commits: what is held in memory, and what a kill can cost
-SELECTION = "selection"  # the folder of `jaxlm.data.pipeline` in a source's
+SELECTION = "selection"  # the folder in a source's of what `jaxlm.data.pipeline` and `jaxlm.data.beam` keep meanwhile
 FORMAT = 1  # of the store; a change here asks for a new one
 
 
@@ -85,10 +85,11 @@ def prepare(
 
     made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed, **pipeline.recipe)
     recipes = {name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found}
-    for count, name in enumerate(found):
-        recipes[name]["after"] = list(found)[:count] if dedup is not None else None  # whose documents win
+    order = pipeline.dedup.order(found) if pipeline.dedup else []
+    for name in found:
+        recipes[name]["after"] = order[: order.index(name)] if order else None  # whose documents win
     readings = {name: Reading(sources[name], found[name], pipeline.splitter) for name in found}
-    chosen = _select(root, readings, recipes, pipeline, run) if pipeline.dedup else {}
+    chosen = _select(root, {name: readings[name] for name in order}, recipes, pipeline, run) if order else {}
     readings = {name: reading._replace(selection=chosen.get(name)) for name, reading in readings.items()}
     tok = _tokenizer(root / "tokenizer", dict(tokenizer), _training_texts(root, readings, pipeline, local), recipes)
     for name, reading in readings.items():
@@ -102,7 +103,7 @@ def prepare(
 def _select(
     root: epath.Path, sources: Mapping[str, Reading], recipes: Mapping[str, dict], pipeline: Pipeline, run: Run
 ) -> dict[str, Selection]:
-    """Say which documents of the unfinished sources are no duplicates, of each other or of finished sources' ones."""
+    """Say which documents of unfinished sources are no duplicates, of each other or of finished ones'; first wins."""
     folders = {name: root / name / SELECTION for name in sources}
     for name, recipe in recipes.items():
         for stored in (root / name / "manifest.json", folders[name] / "recipe.json"):
@@ -114,7 +115,8 @@ def _select(
         (root / "tokenizer").mkdir(parents=True, exist_ok=True)  # this will be a token store, if it is killed before
         for name, reading in sources.items():
             folders[name].mkdir(parents=True, exist_ok=True)
-            write_json(folders[name] / "recipe.json", recipes[name])
+            if not (folders[name] / "recipe.json").exists():
+                write_json(folders[name] / "recipe.json", recipes[name])
             with _Meter(f"{name}, duplicates", reading.source.size, 0, unit="documents") as meter:
                 for documents, characters in pipelines.look(folders[name], reading, pipeline, run):
                     meter.advance(documents, characters)
@@ -127,7 +129,7 @@ def _training_texts(
 ) -> Iterator[str]:
     """The training split of all sources, cleaned."""
     for name, reading in sources.items():  # without rules there is nothing to share out
-        for _, (pairs, _) in local(pipeline.parts, reading, root / name, alone=not pipeline.cleaner.rules):
+        for _, (pairs, _) in local(pipeline.parts, reading, root / name / SELECTION, alone=not pipeline.cleaner.rules):
             yield from (train for train, _ in pairs if train)
 
 
@@ -226,7 +228,9 @@ def _prepare_source(
     counts, read = Counter(state.get("counts", {})), state["read"]
     work, alone = functools.partial(encode, tok, pipeline.parts, augmentation), augmentation.by_model
     writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
-    results = run(work, reading, folder, tally=tally, read=read, together=not augmentation.alone, alone=alone)
+    results = run(
+        work, reading, folder / SELECTION, tally=tally, read=read, together=not augmentation.alone, alone=alone
+    )
     with _Meter(folder.name, reading.source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
         for read, encoded in results:
             counts.update(encoded.counts)

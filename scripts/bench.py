@@ -6,6 +6,7 @@
     scripts/bench.py loss   --json                                      peak temporary memory, chunked against full
     scripts/bench.py families --json [--layers=6 --width=384 ...]       forward + backward of every family, one shape
     scripts/bench.py depth  --json                                      compile time of 4, 12, 48 layers, scan and loop
+    scripts/bench.py prepare --json [--megabytes=200]                   clean + dedup + tokenize; tokenizers alone
 
     --peer="PYTHON peer_torch.py"    runs the peer with the same shape, before and after, and prints the ratio
 
@@ -27,7 +28,9 @@ from typing import Any
 
 from jaxlm import lookup, program
 
-DEFAULTS = dict(layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128)
+DEFAULTS = dict(
+    layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128, megabytes=200
+)
 SMALL = dict(layers=6, heads=6, width=384, context=256)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
 
@@ -187,7 +190,107 @@ def depth(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     return dict(layers=int(layers), how=how, trace_s=round(traced, 2), compile_s=round(took - traced, 2))
 
 
+def prepare(a: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """`jaxlm prepare` on generated text with so many workers; "KIND:WORKERS" is encoding alone, beside its library."""
+    import random
+    import tempfile
+
+    from jaxlm import prepare as programs
+    from jaxlm.data import augmentation, pipeline, sources, store, tokenizers
+    from jaxlm.data.cleaning import Cleaner
+    from jaxlm.data.dedup import Dedup
+
+    rng, size, texts = random.Random(0), 0, []
+    docs = [document.text for document in sources.find("python-docs:").read()]
+    known = [sentence for text in docs for sentence in augmentation.sentences(text) if len(sentence) > 20]
+    while size < a.megabytes * 1e6:  # a tenth are duplicates, of these a half with one sentence changed
+        parts = rng.choices(known, k=max(3, int(rng.lognormvariate(3, 0.7))))
+        if texts and rng.random() < 0.1:
+            parts = augmentation.sentences(rng.choice(texts))
+            parts[rng.randrange(len(parts))] = rng.choice([rng.choice(known), parts[-1]])
+        texts.append("".join(parts))
+        size += len(texts[-1].encode())
+    kind, _, workers = variant.rpartition(":")
+    spec = dict(kind=kind or "sentencepiece", algorithm="bpe", vocab=8192)
+    if kind:
+        return dict(tokenizer=kind, mb=size // 10**6, **alone(a, tokenizers.train(docs, spec), texts, int(workers)))
+
+    spent: dict[str, float] = {}
+
+    def timed(owner: Any, name: str, stage: str) -> None:
+        inner = getattr(owner, name)
+
+        def outer(*args: Any, **more: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return inner(*args, **more)
+            finally:
+                spent[stage] = spent.get(stage, 0) + time.perf_counter() - begun
+
+        setattr(owner, name, outer)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers.train(docs, spec).save(f"{folder}/tok")
+        with open(f"{folder}/docs.jsonl", "w") as file:
+            file.writelines(json.dumps(dict(text=text), ensure_ascii=False) + "\n" for text in texts)
+        del texts
+        tokenizer = dict(kind="sentencepiece", path=f"{folder}/tok/tokenizer.model")
+        if workers == "1":
+            for owner, name, stage in (
+                (Cleaner, "__call__", "clean"), (Dedup, "digest", "dedup"), (Dedup, "signature", "dedup"),
+                (pipeline, "decide", "dedup"), (pipeline, "_write_part", "dedup"),
+                (lookup.module("jaxlm.data.tokenizers", "sentencepiece").Tokenizer, "encode_batch", "tokenize"),
+                (store.Writer, "append", "write"), (store.Writer, "commit", "write"),
+            ):  # fmt: skip
+                timed(owner, name, stage)
+        begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        made = programs.prepare(
+            f"{folder}/store", dict(docs=f"jsonl:{folder}/docs.jsonl"), tokenizer, workers=int(workers),
+            clean=["unicode", "gopher"], dedup=dict(near=0.8),
+        )  # fmt: skip
+        took = time.perf_counter() - begun
+        manifest = made.manifest("docs")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(
+        mb=size // 10**6, workers=int(workers), seconds=round(took, 1),
+        mb_per_s_per_core=round(size / 1e6 / took / int(workers), 2),
+        shares={stage: round(seconds / took, 3) for stage, seconds in spent.items()},
+        kept=manifest["splits"]["train"]["documents"], duplicates=manifest["duplicates"],
+        peak_mb=peak // 1024, before_mb=before // 1024,
+    )  # fmt: skip
+
+
+def alone(a: argparse.Namespace, tok: Any, texts: list[str], workers: int) -> dict[str, Any]:
+    """MB/s of encoding texts as `jaxlm prepare` does and as the tokenizer's library does, in turns; medians."""
+    from jaxlm.data import encode, pipeline, splits
+    from jaxlm.data.augmentation import Augmentation
+    from jaxlm.data.sources import Document
+
+    work = functools.partial(encode.encode, tok, pipeline.Pipeline.of(splits.Splitter("document", 0)).parts)
+    work = functools.partial(work, Augmentation())
+    times: dict[str, list[float]] = dict(ours=[], library=[])
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    for _ in range(a.repeats // 3):
+        begun = time.perf_counter()
+        documents = (splits.Marked(Document(text, 0, len(text)), None) for text in texts)
+        tokens = sum(len(part.tokens) for _, done in encode.ordered(work, documents, workers) for part in done.parts)
+        middle = time.perf_counter()
+        if hasattr(tok, "_processor"):
+            found = tok._processor.encode(texts, num_threads=workers)
+        else:
+            found = [encoding.ids for encoding in tok._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        times["ours"].append(middle - begun)
+        times["library"].append(time.perf_counter() - middle)
+        assert tokens == sum(map(len, found)) + len(texts) * (tok.add_bos + tok.add_eos)
+        del found
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    rates = {who: size / statistics.median(took) for who, took in times.items()}
+    ratio = rates["ours"] / rates["library"]
+    return dict(workers=workers, **{who: round(rate, 2) for who, rate in rates.items()}, ratio=round(ratio, 3))
+
+
 VARIANTS = {
+    "prepare": ["1", "2", *(f"{kind}:{workers}" for kind in ("sentencepiece", "huggingface") for workers in (1, 2))],
     "loss": ["1024", "auto"],
     "depth": [f"{how}:{layers}" for layers in (4, 12, 48) for how in ("scan", "loop")],
 }
@@ -206,7 +309,8 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
     """The peer's lines for the same shape, in the environment of its own users: without our setting of malloc."""
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     what = {"train": "speed", "decode": "decode"}[a.what]
-    names = DEFAULTS if what == "decode" else [n for n in DEFAULTS if n not in ("prompt", "new")]
+    others = ("megabytes",) if what == "decode" else ("megabytes", "prompt", "new")
+    names = [name for name in DEFAULTS if name not in others]
     shape = [f"--{name}={getattr(a, name)}" for name in names]
     done = subprocess.run(
         [*a.peer.split(), what, *shape, *a.peer_flags.split()],
@@ -221,7 +325,7 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print a line each, and the ratio to the peer's best."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "decode", "loss", "families", "depth"])
+    parser.add_argument("what", choices=["train", "decode", "loss", "families", "depth", "prepare"])
     for name in DEFAULTS:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--dtype", default="float32")
@@ -235,7 +339,7 @@ def main() -> None:
         if getattr(a, name) is None:
             setattr(a, name, value)
     if a.variant:
-        what = dict(train=train, decode=decode, loss=loss, families=families, depth=depth)[a.what]
+        what = dict(train=train, decode=decode, loss=loss, families=families, depth=depth, prepare=prepare)[a.what]
         print(json.dumps(what(a, a.variant)))
         return
     program.ask_for_huge_pages()  # as `jaxlm train` does

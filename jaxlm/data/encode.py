@@ -99,8 +99,6 @@ def encode(tokenizer: Tokenizer, parts_of: Parts, augmentation: Augmentation, ba
     """Turn a batch into tokens. `parts_of` gives pairs of (training text, validation text), and may leave documents
     out; training text is augmented.
     """
-    before = [tokenizer.bos] if tokenizer.add_bos else []
-    after = [tokenizer.eos] if tokenizer.add_eos else []
     pairs, counts = parts_of(batch)
     parts = []
     for side, split in enumerate(("train", "validation")):
@@ -108,12 +106,24 @@ def encode(tokenizer: Tokenizer, parts_of: Parts, augmentation: Augmentation, ba
         if split == "train" and augmentation:
             texts, copies = augmentation(texts)
             counts.update({f"copies/{name}": n for name, n in copies.items()})
-        if not texts:
-            continue
-        documents = [np.array([*before, *ids, *after], dtype(tokenizer)) for ids in tokenizer.encode_batch(texts)]
-        lengths, sizes = [len(document) for document in documents], [len(text.encode()) for text in texts]
-        parts.append(Part(split, np.concatenate(documents), np.array(lengths, np.int64), np.array(sizes, np.int64)))
+        if texts:
+            sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], np.int64)
+            parts.append(Part(split, *_documents(tokenizer, tokenizer.encode_batch(texts)), sizes))
     return Encoded(parts, counts)
+
+
+def _documents(tokenizer: Tokenizer, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of texts end to end, with the bos and eos that the tokenizer adds, and the length of each document."""
+    ends = [[tokenizer.bos] if tokenizer.add_bos else [], [tokenizer.eos] if tokenizer.add_eos else []]
+    lengths = np.array([len(text) for text in ids], np.int64) + sum(map(len, ends))
+    stops = np.cumsum(lengths)
+    tokens, text = np.empty(stops[-1], dtype(tokenizer)), np.ones(stops[-1], bool)
+    for special, at in zip(ends, (stops - lengths, stops - 1)):
+        if special:
+            tokens[at], text[at] = special[0], False
+    count = int(lengths.sum()) - len(ids) * sum(map(len, ends))
+    tokens[text] = np.fromiter(itertools.chain.from_iterable(ids), tokens.dtype, count)
+    return tokens, lengths
 
 
 def _start(work: Callable[[Batch], Any]) -> None:

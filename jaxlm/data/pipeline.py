@@ -14,7 +14,7 @@ before all was seen; cleaning alone needs none. A source's folder holds:
     STORE/docs/selection/verdicts.npz              written when all parts are there, which then go; uint8 a document
 
 A part is seen whole or not at all, so that a killed pass goes on after the last one. On disk a document costs 9 bytes
-and 4 a permutation (521) until the verdicts are there; in memory what `dedup.verdicts` says.
+and 4 a permutation (1,033) until the verdicts are there; in memory what `dedup.verdicts` says.
 """
 
 from collections import Counter
@@ -75,9 +75,11 @@ class Pipeline:
     @property
     def recipe(self) -> dict[str, Any]:
         """All that the outcome depends on, as JSON would give it back; None for what is not done."""
+        duplicates = dataclasses.asdict(self.dedup) if self.dedup else {}
+        duplicates.pop("prefer", None)  # what it comes to is each source's `after`
         return dict(
             clean=[dict(rule) for rule in self.cleaner.recipe] or None,
-            dedup=dataclasses.asdict(self.dedup) if self.dedup else None,
+            dedup=duplicates or None,
             decontaminate=dict(self.contamination.recipe) if self.contamination else None,
         )
 

@@ -14,9 +14,10 @@ PAGE = re.compile(r"<(?:!doctype|html|head|body|div|article|section|main|table|p
 FAVOURS = dict(balance={}, precision=dict(favor_precision=True), recall=dict(favor_recall=True))
 
 
-def rule(*, favour: str = "balance", tables: bool = True, comments: bool = False, fast: bool = False) -> Rule:
-    """`favour` says which mistake is worse: "precision" leaves more out, "recall" takes more in; `fast` tries one way
-    alone to find the text. Readers' `comments` below an article are boilerplate unless asked for.
+def rule(*, favour: str = "balance", tables: bool = True, comments: bool = False, fast: bool = True) -> Rule:
+    """`favour` says which mistake is worse: "precision" leaves more out, "recall" takes more in; `fast` does without
+    a second opinion on what the text is (experiments/cleaning). Readers' `comments` below an article are boilerplate
+    unless asked for.
     """
     options = key("config.prepare.clean: html.favour", favour, FAVOURS)
     if importlib.util.find_spec("trafilatura") is None:

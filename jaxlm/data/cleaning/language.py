@@ -12,7 +12,7 @@ from jaxlm.data.cleaning import Dropped, Rule
 from jaxlm.lookup import Mistake, key
 
 
-def rule(*, keep: Sequence[str], confidence: float = 0.5, characters: int = 10_000) -> Rule:
+def rule(*, keep: Sequence[str], confidence: float = 0.5, characters: int = 2_000) -> Rule:
     """`keep` lists languages by their ISO 639 codes; the best one must have a probability of `confidence` at least,
     seen in the first so many `characters`.
     """
