@@ -226,7 +226,6 @@ def _prepare_source(
 
     tally: Counter[str] = Counter()
     counts, read = Counter(state.get("counts", {})), state["read"]
-    work, alone = functools.partial(encode, tok, pipeline.parts, augmentation), augmentation.by_model
     writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
     results = run(
         work, reading, folder / SELECTION, tally=tally, read=read, together=not augmentation.alone, alone=alone

@@ -200,20 +200,25 @@ def prepare(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     from jaxlm.data.cleaning import Cleaner
     from jaxlm.data.dedup import Dedup
 
-    rng, size, texts = random.Random(0), 0, []
     docs = [document.text for document in sources.find("python-docs:").read()]
-    known = [sentence for text in docs for sentence in augmentation.sentences(text) if len(sentence) > 20]
-    while size < a.megabytes * 1e6:  # a tenth are duplicates, of these a half with one sentence changed
-        parts = rng.choices(known, k=max(3, int(rng.lognormvariate(3, 0.7))))
-        if texts and rng.random() < 0.1:
-            parts = augmentation.sentences(rng.choice(texts))
-            parts[rng.randrange(len(parts))] = rng.choice([rng.choice(known), parts[-1]])
-        texts.append("".join(parts))
-        size += len(texts[-1].encode())
+
+    def texts():
+        rng, size, latest = random.Random(0), 0, []
+        known = [sentence for text in docs for sentence in augmentation.sentences(text) if len(sentence) > 20]
+        while size < a.megabytes * 1e6:  # a tenth are duplicates, of these a half with one sentence changed
+            parts = rng.choices(known, k=max(3, int(rng.lognormvariate(3, 0.7))))
+            if latest and rng.random() < 0.1:
+                parts = list(rng.choice(latest))
+                parts[rng.randrange(len(parts))] = rng.choice([rng.choice(known), parts[-1]])
+            latest = [*latest[-999:], parts]
+            yield "".join(parts)
+            size += len("".join(parts).encode())
+
     kind, _, workers = variant.rpartition(":")
     spec = dict(kind=kind or "sentencepiece", algorithm="bpe", vocab=8192)
     if kind:
-        return dict(tokenizer=kind, mb=size // 10**6, **alone(a, tokenizers.train(docs, spec), texts, int(workers)))
+        a.megabytes = min(a.megabytes, 40)
+        return dict(tokenizer=kind, **alone(a, tokenizers.train(docs, spec), list(texts()), int(workers)))
 
     spent: dict[str, float] = {}
 
@@ -232,8 +237,8 @@ def prepare(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizers.train(docs, spec).save(f"{folder}/tok")
         with open(f"{folder}/docs.jsonl", "w") as file:
-            file.writelines(json.dumps(dict(text=text), ensure_ascii=False) + "\n" for text in texts)
-        del texts
+            file.writelines(json.dumps(dict(text=text), ensure_ascii=False) + "\n" for text in texts())
+            size = file.tell() / 1e6
         tokenizer = dict(kind="sentencepiece", path=f"{folder}/tok/tokenizer.model")
         if workers == "1":
             for owner, name, stage in (
@@ -252,8 +257,8 @@ def prepare(a: argparse.Namespace, variant: str) -> dict[str, Any]:
         manifest = made.manifest("docs")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return dict(
-        mb=size // 10**6, workers=int(workers), seconds=round(took, 1),
-        mb_per_s_per_core=round(size / 1e6 / took / int(workers), 2),
+        mb=round(size), workers=int(workers), seconds=round(took, 1),
+        mb_per_s_per_core=round(size / took / int(workers), 2),
         shares={stage: round(seconds / took, 3) for stage, seconds in spent.items()},
         kept=manifest["splits"]["train"]["documents"], duplicates=manifest["duplicates"],
         peak_mb=peak // 1024, before_mb=before // 1024,

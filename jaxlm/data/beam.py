@@ -15,9 +15,9 @@ IMAGE is Beam's image for this Python with jaxlm in it (FROM apache/beam_python3
 needs nothing, and holds all text in memory: it is for trying things out.
 
 A source of files is read file by file, all at a time; another one by one machine. Batches are worked on wherever there
-is room. Each result is a file, STORE/NAME/selection/beam/SHARD-BATCH, and the program that started it all takes them in the order
-of (shard, batch). That is the order in which one process would have read them, so what it writes is the same, to the
-byte. This, training the tokenizer, and the verdicts on duplicates are all that one machine does.
+is room. Each result is a file, STORE/NAME/selection/beam/SHARD-BATCH, and the program that started it all takes them in
+the order of (shard, batch). That is the order in which one process would have read them, so what it writes is the same,
+to the byte. This, training the tokenizer, and the verdicts on duplicates are all that one machine does.
 """
 
 from collections import Counter
