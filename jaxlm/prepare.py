@@ -9,8 +9,10 @@ Read `prepare` first.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+import functools
 import inspect
 import itertools
+import json
 import os
 import re
 import time
@@ -26,16 +28,17 @@ from jaxlm.data import pipeline as pipelines
 from jaxlm.data import sources as source_kinds
 from jaxlm.data import store as token_store
 from jaxlm.data import tokenizers
-from jaxlm.data.encode import dtype, encode, ordered
+from jaxlm.data.augmentation import Augmentation, Write
+from jaxlm.data.beam import Beam
+from jaxlm.data.encode import dtype, encode
 from jaxlm.data.explain import explain
-from jaxlm.data.pipeline import Pipeline, Selection
-from jaxlm.data.sources import Source
-from jaxlm.data.splits import Marked, Splitter
+from jaxlm.data.pipeline import Local, Pipeline, Reading, Run, Selection
+from jaxlm.data.splits import Splitter
 from jaxlm.data.store import read_json, write_json
 from jaxlm.lookup import Mistake, known, spend
 
 COMMIT = 4 << 20  # tokens between two commits: what is held in memory, and what a kill can cost
-SELECTION = "selection"  # the folder of `jaxlm.data.pipeline` in a source's
+SELECTION = "selection"  # the folder in a source's of what `jaxlm.data.pipeline` and `jaxlm.data.beam` keep meanwhile
 FORMAT = 1  # of the store; a change here asks for a new one
 
 
@@ -50,7 +53,9 @@ def prepare(
     clean: Sequence[str | Mapping[str, Any]] = (),
     dedup: Mapping[str, Any] | None = None,
     decontaminate: Mapping[str, Any] | None = None,
+    augment: Sequence[Mapping[str, Any]] = (),
     workers: int | None = None,
+    beam: str = "",
     overwrite: bool = False,
 ) -> token_store.Store:
     """Make the token store at `store` from `sources` (name -> spec), or finish it, and open it.
@@ -59,13 +64,17 @@ def prepare(
     split of all sources. `split` says what is held out for validation: whole documents ("document"), or the "tail" of
     each (`jaxlm.data.splits`). Each document passes the rules of `clean` (`jaxlm.data.cleaning`) and may share no run
     of words with the sets of `decontaminate` (`jaxlm.data.contamination`); of duplicates within and across sources
-    the first stays (`dedup`: `jaxlm.data.dedup`). The store is the same for every number of `workers` (processes;
-    one for each core). Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
+    the first stays (`dedup`: `jaxlm.data.dedup`). `augment` are rules that make further training documents
+    (`jaxlm.data.augmentation`), which the tokenizer is trained without. The store is the same for every number of
+    `workers` (processes; one for each core), and made on the machines of Apache Beam, whose options `beam` is
+    (`jaxlm.data.beam`). Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
     """
     if not store:
         raise Mistake("config.store is missing: the folder that will hold the tokens, for example data/python_docs")
     pipeline = Pipeline.of(Splitter(split, validation, split_seed), clean, dedup, decontaminate)
-    workers = workers or _cores()
+    augmentation = Augmentation(augment, _load)
+    local = Local(workers or _cores())
+    run = Beam(beam) if beam else local
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
     root = epath.Path(store)
     if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
@@ -81,20 +90,20 @@ def prepare(
     order = pipeline.dedup.order(found) if pipeline.dedup else []
     for name in found:
         recipes[name]["after"] = order[: order.index(name)] if order else None  # whose documents win
-    ranked = {name: found[name] for name in order}
-    chosen = _select(root, ranked, recipes, pipeline, workers) if pipeline.dedup else {}
-    texts = _training_texts(found, pipeline, chosen, workers)
-    tok = _tokenizer(root / "tokenizer", dict(tokenizer), texts, recipes)
-    for name, source in found.items():
-        recipe = dict(recipes[name], tokenizer=tok.fingerprint)
-        _prepare_source(root / name, source, recipe, tok, pipeline, chosen.get(name), workers)
+    readings = {name: Reading(sources[name], found[name], pipeline.splitter) for name in found}
+    chosen = _select(root, {name: readings[name] for name in order}, recipes, pipeline, run) if order else {}
+    readings = {name: reading._replace(selection=chosen.get(name)) for name, reading in readings.items()}
+    tok = _tokenizer(root / "tokenizer", dict(tokenizer), _training_texts(root, readings, pipeline, local), recipes)
+    for name, reading in readings.items():
+        recipe = dict(recipes[name], tokenizer=tok.fingerprint, augment=json.loads(json.dumps(augment)) or None)
+        _prepare_source(root / name, reading, recipe, tok, pipeline, augmentation, run)
     for name in found:
         (root / name / SELECTION).rmtree(missing_ok=True)
     return token_store.open(store)
 
 
 def _select(
-    root: epath.Path, sources: Mapping[str, Source], recipes: Mapping[str, dict], pipeline: Pipeline, workers: int
+    root: epath.Path, sources: Mapping[str, Reading], recipes: Mapping[str, dict], pipeline: Pipeline, run: Run
 ) -> dict[str, Selection]:
     """Say which documents of unfinished sources are no duplicates, of each other or of finished ones'; first wins."""
     folders = {name: root / name / SELECTION for name in sources}
@@ -106,33 +115,44 @@ def _select(
     todo = [name for name in sources if not (root / name / "manifest.json").exists()]
     if not all(pipelines.load(folders[name]) for name in todo):
         (root / "tokenizer").mkdir(parents=True, exist_ok=True)  # this will be a token store, if it is killed before
-        for name, source in sources.items():
+        for name, reading in sources.items():
             folders[name].mkdir(parents=True, exist_ok=True)
             if not (folders[name] / "recipe.json").exists():
                 write_json(folders[name] / "recipe.json", recipes[name])
-            with _Meter(f"{name}, duplicates", source.size, 0, unit="documents") as meter:
-                for documents, characters in pipelines.look(folders[name], source, pipeline, workers):
+            with _Meter(f"{name}, duplicates", reading.source.size, 0, unit="documents") as meter:
+                for documents, characters in pipelines.look(folders[name], reading, pipeline, run):
                     meter.advance(documents, characters)
         pipelines.decide(list(folders.values()), pipeline)
     return {name: selection for name in todo if (selection := pipelines.load(folders[name]))}
 
 
-def _documents(
-    source: Source, pipeline: Pipeline, selection: Selection | None, tally: Counter[str] | None = None
-) -> Iterator[Marked | None]:
-    """A source's documents, None in the place of those that `selection` leaves out."""
-    marked = pipeline.splitter.mark(source.read(tally))
-    return selection.of(marked) if selection else marked
-
-
 def _training_texts(
-    sources: Mapping[str, Source], pipeline: Pipeline, chosen: Mapping[str, Selection], workers: int
+    root: epath.Path, sources: Mapping[str, Reading], pipeline: Pipeline, local: Local
 ) -> Iterator[str]:
     """The training split of all sources, cleaned."""
-    workers = workers if pipeline.cleaner.rules else 1  # without rules there is nothing to share out
-    for name, source in sources.items():
-        for _, (pairs, _) in ordered(pipeline.parts, _documents(source, pipeline, chosen.get(name)), workers):
+    for name, reading in sources.items():  # without rules there is nothing to share out
+        for _, (pairs, _) in local(pipeline.parts, reading, root / name / SELECTION, alone=not pipeline.cleaner.rules):
             yield from (train for train, _ in pairs if train)
+
+
+@functools.cache
+def _load(workdir: str) -> Write:
+    """An encoder-decoder that writes for `jaxlm.data.augmentation`, which knows no models."""
+    from jaxlm import lm  # here, so that preparing without it needs no jax
+
+    model = lm.load(workdir)
+    if model.blueprint.kind != "encoder-decoder":
+        raise Mistake(f"config.prepare.augment: {workdir} is of the kind {model.blueprint.kind}, no encoder-decoder")
+
+    def write(texts: list[str], copies: int, *, beams: int, max_new_tokens: int) -> list[list[str]]:
+        fits = [0 < len(model.document(text)) <= model.context for text in texts]
+        given = [text for text, fit in zip(texts, fits) if fit]
+        how: dict[str, Any] = dict(beams=beams) if beams > 1 else dict(temperature=0.0)
+        found = model.generate(given, max_new_tokens=max_new_tokens, num_return_sequences=copies, **how)
+        answers = iter([answer] if isinstance(answer, str) else answer for answer in found)
+        return [next(answers) if fit else [] for fit in fits]
+
+    return write
 
 
 def _cores() -> int:
@@ -184,12 +204,12 @@ def _same(where: epath.Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 def _prepare_source(
     folder: epath.Path,
-    source: Source,
+    reading: Reading,
     recipe: dict[str, Any],
     tok: tokenizers.Tokenizer,
     pipeline: Pipeline,
-    selection: Selection | None,
-    workers: int,
+    augmentation: Augmentation,
+    run: Run,
 ) -> None:
     """Write one source's arrays, committing its progress as it goes, and its manifest last."""
     progress, manifest = folder / "progress.json", folder / "manifest.json"
@@ -201,22 +221,27 @@ def _prepare_source(
         return
     state = read_json(progress) if progress.exists() else dict(recipe, read=0, splits=None, counts={})
     _same(folder, {k: state.get(k) for k in recipe}, recipe)
+    if not run.resumes:  # from the beginning, over what is there: it is the same
+        state.update(read=0, splits=None, counts={})
     if state["read"]:
         print(f"{folder.name}: going on after {state['read']:,} documents")
 
     tally: Counter[str] = Counter()
     counts, read = Counter(state.get("counts", {})), state["read"]
-    documents = itertools.islice(_documents(source, pipeline, selection, tally), read, None)
     writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
-    with _Meter(folder.name, source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
-        for read, encoded in encode(documents, pipeline.parts, tok, workers, read):  # noqa: B020
+    work = functools.partial(encode, tok, pipeline.parts, augmentation)
+    how = dict(tally=tally, read=read, together=not augmentation.alone, alone=augmentation.by_model)
+    results = run(work, reading, folder / SELECTION, **how)
+    with _Meter(folder.name, reading.source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
+        for read, encoded in results:
             counts.update(encoded.counts)
             for part in encoded.parts:
                 writer.append(*part)
                 meter.advance(len(part.tokens), int(part.sizes.sum()))
             if writer.waiting >= COMMIT:
                 write_json(progress, dict(recipe, read=read, splits=writer.commit(), counts=counts))
-    splits = writer.commit()
+    splits, selection = writer.commit(), reading.selection
+    copies = {k.removeprefix("copies/"): n for k, n in sorted(counts.items()) if k.startswith("copies/")}
     report = pipeline.report(selection.counts if selection else counts, selection and selection.verdict)
     if not splits["train"]["documents"]:
         folder.rmtree()  # a source that can never be finished must not keep the others from being used
@@ -227,7 +252,14 @@ def _prepare_source(
         print(f"{folder.name}: no document fell into validation; with so few, split='tail' holds out a part of each")
     cut, skipped = tally.pop("cut", 0), {fault: count for fault, count in sorted(tally.items()) if count}
     outcome = dict(
-        vocab=tok.vocab, licence=source.licence, splits=splits, cut=cut, skipped=skipped, read=read, **report
+        vocab=tok.vocab,
+        licence=reading.source.licence,
+        splits=splits,
+        cut=cut,
+        skipped=skipped,
+        read=read,
+        copies=copies,
+        **report,
     )
     write_json(manifest, recipe | outcome)
     progress.unlink(missing_ok=True)
@@ -240,7 +272,8 @@ def _summary(manifest: Mapping[str, Any]) -> str:
         for split, size in manifest["splits"].items()
     ]
     left_out = _left_out(manifest["skipped"], manifest)
-    return "; ".join(splits + [f"left out: {count:,} ({why})" for why, count in left_out.items()])
+    copies = [f"{count:,} copies by {kind}" for kind, count in manifest.get("copies", {}).items()]
+    return "; ".join(splits + copies + [f"left out: {count:,} ({why})" for why, count in left_out.items()])
 
 
 def _left_out(skipped: Mapping[str, int], report: Mapping[str, Any]) -> dict[str, int]:
@@ -287,7 +320,7 @@ class _Meter:
 def main(argv: list[str]) -> None:
     """Read the command line and prepare the store of a config."""
     argv = ["--explain=20" if flag == "--explain" else flag for flag in argv]
-    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0, explain=0)
+    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0, explain=0, beam="")
     section = args.config.get("prepare", ConfigDict()).to_dict()
     if args.explain:
         known("config.prepare", section, inspect.signature(prepare).parameters)
@@ -295,6 +328,8 @@ def main(argv: list[str]) -> None:
         return spend("config.prepare", explain, wanted, count=args.explain)
     if args.workers:
         section["workers"] = args.workers
+    if args.beam:
+        section["beam"] = args.beam
     spend("config.prepare", prepare, section, args.config.get("store", ""), overwrite=args.overwrite)
 
 

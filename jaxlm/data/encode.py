@@ -1,7 +1,7 @@
 """Work on batches of documents in parallel processes; results come in order, the same for any number of processes.
 
-    encode(documents, parts, tokenizer, workers=4)
-        (2, Encoded([Part("train", [2 71 12 3], [4], [9]), Part("validation", ...)], Counter())), ...
+    ordered(work, documents, workers=4)     (2, work([doc 1, doc 2])), (5, work([doc 3, doc 4, doc 5])), ...
+    encode(tokenizer, parts, rules, batch)  Encoded([Part("train", [2 71 12 3], [4], [9]), Part("validation", ...)], {})
 
 Read `ordered` first.
 """
@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 import itertools
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxlm.data.augmentation import Augmentation
 from jaxlm.data.splits import Marked
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.lookup import Mistake
@@ -53,17 +53,6 @@ class Encoded(NamedTuple):
     counts: Counter[str]
 
 
-def encode(
-    documents: Iterable[Marked | None], parts: Parts, tokenizer: Tokenizer, workers: int, read: int = 0
-) -> Iterator[tuple[int, Encoded]]:
-    """Encode documents, of which `read` were read before; a None was left out, and is read all the same.
-
-    `parts` turns a batch into pairs of (training text, validation text), and may leave documents out. Yields how many
-    documents are read by now, and what came of the latest.
-    """
-    return ordered(partial(_encode, tokenizer, parts), documents, workers, read)
-
-
 def ordered(
     work: Callable[[Batch], Result], documents: Iterable[Marked | None], workers: int, read: int = 0
 ) -> Iterator[tuple[int, Result]]:
@@ -72,14 +61,14 @@ def ordered(
     Yields how many documents are read by now, and the latest result. Memory is bounded: a few batches for each worker
     are under way at a time. Raises `Mistake` when a worker dies.
     """
-    batches = _batches(documents, read)
-    for read, batch in itertools.islice(batches, None if workers == 1 else ALONE):
+    every = batches(documents, read)
+    for read, batch in itertools.islice(every, None if workers == 1 else ALONE):
         yield read, work(batch)
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of the libraries, held or not
     waiting: deque = deque()
     with ProcessPoolExecutor(workers, context, _start, (work,)) as pool:
         try:
-            for read, batch in batches:
+            for read, batch in every:
                 waiting.append((read, pool.submit(_do, batch)))
                 if len(waiting) > 2 * workers:
                     read, future = waiting.popleft()
@@ -90,7 +79,8 @@ def ordered(
             raise Mistake("a worker process died, perhaps for want of memory; run again with fewer workers") from e
 
 
-def _batches(documents: Iterable[Marked | None], read: int) -> Iterator[tuple[int, Batch]]:
+def batches(documents: Iterable[Marked | None], read: int) -> Iterator[tuple[int, Batch]]:
+    """Cut documents, of which `read` were read before, into batches; each comes with how many are read by then."""
     batch: Batch = []
     size = begun = 0
     for marked in documents:
@@ -105,18 +95,35 @@ def _batches(documents: Iterable[Marked | None], read: int) -> Iterator[tuple[in
         yield read, batch
 
 
-def _encode(tokenizer: Tokenizer, parts_of: Parts, batch: Batch) -> Encoded:
-    before = [tokenizer.bos] if tokenizer.add_bos else []
-    after = [tokenizer.eos] if tokenizer.add_eos else []
+def encode(tokenizer: Tokenizer, parts_of: Parts, augmentation: Augmentation, batch: Batch) -> Encoded:
+    """Turn a batch into tokens. `parts_of` gives pairs of (training text, validation text), and may leave documents
+    out; training text is augmented.
+    """
     pairs, counts = parts_of(batch)
     parts = []
     for side, split in enumerate(("train", "validation")):
-        if not (texts := [pair[side] for pair in pairs if pair[side]]):
-            continue
-        documents = [np.array([*before, *ids, *after], dtype(tokenizer)) for ids in tokenizer.encode_batch(texts)]
-        lengths, sizes = [len(document) for document in documents], [len(text.encode()) for text in texts]
-        parts.append(Part(split, np.concatenate(documents), np.array(lengths, np.int64), np.array(sizes, np.int64)))
+        texts = [pair[side] for pair in pairs if pair[side]]
+        if split == "train" and augmentation:
+            texts, copies = augmentation(texts)
+            counts.update({f"copies/{name}": n for name, n in copies.items()})
+        if texts:
+            sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], np.int64)
+            parts.append(Part(split, *_documents(tokenizer, tokenizer.encode_batch(texts)), sizes))
     return Encoded(parts, counts)
+
+
+def _documents(tokenizer: Tokenizer, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of texts end to end, with the bos and eos that the tokenizer adds, and the length of each document."""
+    ends = [[tokenizer.bos] if tokenizer.add_bos else [], [tokenizer.eos] if tokenizer.add_eos else []]
+    lengths = np.array([len(text) for text in ids], np.int64) + sum(map(len, ends))
+    stops = np.cumsum(lengths)
+    tokens, text = np.empty(stops[-1], dtype(tokenizer)), np.ones(stops[-1], bool)
+    for special, at in zip(ends, (stops - lengths, stops - 1)):
+        if special:
+            tokens[at], text[at] = special[0], False
+    count = int(lengths.sum()) - len(ids) * sum(map(len, ends))
+    tokens[text] = np.fromiter(itertools.chain.from_iterable(ids), tokens.dtype, count)
+    return tokens, lengths
 
 
 def _start(work: Callable[[Batch], Any]) -> None:

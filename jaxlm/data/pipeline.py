@@ -2,7 +2,7 @@
 
     pipeline = Pipeline.of(splitter, clean=["unicode"], dedup=dict(near=0.8), decontaminate=None)
     pipeline.parts(batch)              what workers do on the way to the tokenizer: pure, batch by batch
-    look(folder, source, pipeline, 4)  for deduplication, one more pass over each source before that
+    look(folder, reading, pipeline, run)  for deduplication, one more pass over each source before that
     decide(folders, pipeline.dedup)    which documents are duplicates, once all were seen
     load(folder).of(documents)         those that stay
 
@@ -18,12 +18,12 @@ and 4 a permutation (1,033) until the verdicts are there; in memory what `dedup.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import io
 import itertools
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from etils import epath
 import numpy as np
@@ -31,7 +31,7 @@ import numpy as np
 from jaxlm.data.cleaning import Cleaner
 from jaxlm.data.contamination import Contamination, contamination
 from jaxlm.data.dedup import EXACT, KEPT, NEAR, Dedup, Records, dedup, verdicts
-from jaxlm.data.encode import Batch, ordered
+from jaxlm.data.encode import Batch, Result, ordered
 from jaxlm.data.sources import Source
 from jaxlm.data.splits import Marked, Splitter
 from jaxlm.lookup import Mistake, spend
@@ -144,19 +144,68 @@ def load(folder: epath.Path) -> Selection | None:
     return Selection(verdict, _counts(counts))
 
 
-def look(folder: epath.Path, source: Source, pipeline: Pipeline, workers: int) -> Iterator[tuple[int, int]]:
+class Reading(NamedTuple):
+    """A source, the string that names it, and which of its documents stay (all, where no selection was made)."""
+
+    spec: str
+    source: Source
+    splitter: Splitter
+    selection: Selection | None = None
+
+    def documents(self, tally: Counter[str] | None = None) -> Iterator[Marked | None]:
+        """The documents, None in the place of those that are left out."""
+        marked = self.splitter.mark(self.source.read(tally))
+        return self.selection.of(marked) if self.selection else marked
+
+
+class Run(Protocol):
+    """Who does the work: `Local` processes, or `jaxlm.data.beam.Beam`'s machines."""
+
+    @property
+    def resumes(self) -> bool: ...  # whether it can begin after documents that were read before
+    def __call__(
+        self,
+        work: Callable[[Batch], Result],
+        reading: Reading,
+        folder: epath.Path,
+        *,
+        tally: Counter[str] | None = None,
+        read: int = 0,
+        together: bool = False,
+        alone: bool = False,
+    ) -> Iterator[tuple[int, Result]]:
+        """As `jaxlm.data.encode.ordered`. `folder` is the source's, for what must be kept meanwhile; `together`
+        says that the batches must be those of one process, `alone` that one process of a machine must do all.
+        """
+        ...
+
+
+class Local(NamedTuple):
+    """Processes of this machine; in the name of its caller it reads the source itself."""
+
+    workers: int
+    resumes: bool = True
+
+    def __call__(
+        self, work, reading, folder, *, tally=None, read=0, together=False, alone=False
+    ) -> Iterator[tuple[int, Any]]:  # fmt: skip
+        """As `Run` says."""
+        documents = itertools.islice(reading.documents(tally), read, None)
+        return ordered(work, documents, 1 if alone else self.workers, read)
+
+
+def look(folder: epath.Path, reading: Reading, pipeline: Pipeline, run: Run) -> Iterator[tuple[int, int]]:
     """Make or finish the parts of a source; yields how many documents and characters were looked at, batch by batch."""
     assert pipeline.dedup
     read = 0
     for path in _parts(folder):
-        if path.name == f"part-{read:012}.npz":
+        if run.resumes and path.name == f"part-{read:012}.npz":
             read += len(_read(path, "dropped")[0])
         else:
             path.unlink()  # a kill while they were removed left this one
     waiting: list[Seen] = []
     begun, size = read, 0
-    documents = itertools.islice(pipeline.splitter.mark(source.read()), begun, None)
-    for read, seen in ordered(pipeline.look, documents, workers, begun):
+    for read, seen in run(pipeline.look, reading, folder, read=begun):
         waiting.append(seen)
         size += seen.characters + 1000 * len(seen.dropped)
         yield len(seen.dropped), seen.characters
