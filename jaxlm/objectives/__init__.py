@@ -11,9 +11,10 @@ A file exports
     loss(model, batch, key, *, ...)                 jax: `nn.loss.Sums` over the batch; dropout where there is a key
 
 `words` (jaxlm.data.words) tells special ids and where words begin, `rng` draws the noise, as a function of (seed, row)
-alone. What stands behind the stars are the options of `config.objective`; each has a default. An encoder-decoder's
-example has the encoder's `tokens` and `segments`, and the decoder's `decoder_tokens`, `decoder_segments`, `labels` and
-`weights`. The features of one objective may be used by another, which mixes them.
+alone. What stands behind the stars are the options of `config.objective`; each has a default. An objective for several
+kinds of models takes `kind` there, too, and is told. An encoder-decoder's example has the encoder's `tokens` and
+`segments`, and the decoder's `decoder_tokens`, `decoder_segments`, `labels` and `weights` (see `_pairs`). The features
+of one objective may be used by another, which mixes them.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +54,8 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
             f"kind {kind}; objectives for it: {', '.join(able)}"
         )
     takes = [lookup.keywords(function) for function in (module.row, module.features, module.loss)]
-    lookup.known("config.objective", options, set().union(*takes))
+    lookup.known("config.objective", options, set().union(*takes) - {"kind"})
+    options["kind"] = kind
     row, features, loss = ({key: options[key] for key in options if key in keys} for keys in takes)
 
     def example(one: Arrays, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
