@@ -7,8 +7,8 @@
 
 Each document of a row is cut with probability `rate`, of these `spm` as SPM, and the loss is over all tokens, the
 three specials too, as for any text. eos is the end of the middle, so a document that ends with its row, and not by
-itself, has one, too. What a single document gains finds room in its row; of several, the longest give up as much of their outer
-ends. With config.data.isolate=False all documents of a row are cut as one.
+itself, has one, too. What a single document gains finds room in its row; of several, the longest give up as much of
+their outer ends. With config.data.isolate=False all documents of a row are cut as one.
 
 `level="character"` cuts inside of tokens, too, and spells each part by itself, as it will be when somebody asks. Where
 that would not give the text again (WordPiece, a row that begins inside of a character), the document is cut between
