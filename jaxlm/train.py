@@ -81,7 +81,7 @@ def train(
         if samples and blueprint.kind == "encoder":
             raise Mistake(f"config.samples: {blueprint.name} is an encoder, which writes no text; leave them out")
         stream, features = lookup.spend("config.data", _stream, data, tokens, task, seed=seed)
-        held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, length=task.row)
+        held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, task)
         measure = jax.jit(lambda params, batch: task.loss(blueprint.bind(params), batch))
 
         def evaluate(step: int) -> dict[str, float]:
@@ -213,18 +213,21 @@ def _stream(
 
     With `isolate=False` documents of a row see each other, and a causal model need not know where one ends.
     """
-    stream = rows.train(store, length=task.row, seed=seed, packing=packing, isolate=isolate, weights=weights)
+    stream = rows.train(
+        store, length=task.row, seed=seed, packing=packing, isolate=isolate, pairs=task.pairs, weights=weights
+    )
     if isolate or not task.exact:
         return stream, task.features
     return stream, lambda row, rng: {k: x for k, x in task.features(row, rng).items() if k != "segments"}
 
 
 def _held_out(
-    store: Store, *, length: int, documents: int | None = None, sources: list[str] | None = None
+    store: Store, task: Objective, *, documents: int | None = None, sources: list[str] | None = None
 ) -> dict[str, rows.Rows]:
     """The validation rows of each source that has any; `documents` bounds how many of each."""
     named = [s for s in store.sources if len(store.split(s, "validation"))] if sources is None else sources
-    return {source: rows.validation(store, source, length=length, documents=documents) for source in named}
+    how = dict(length=task.row, documents=documents, pairs=task.pairs)
+    return {source: rows.validation(store, source, **how) for source in named}
 
 
 def _measure(
