@@ -57,6 +57,8 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
             f"the objective {name!r} trains models of the kind {' or '.join(module.KINDS)}, and this one is of the "
             f"kind {kind}; objectives for it: {', '.join(able)}"
         )
+    paired = getattr(module, "pairs", lambda: False)
+    takes = [lookup.keywords(function) for function in (module.row, module.features, module.loss, paired)]
     lookup.known("config.objective", options, set().union(*takes) - {"kind"})
     options["kind"] = kind
     row, features, loss, pairs = ({key: options[key] for key in options if key in keys} for keys in takes)
