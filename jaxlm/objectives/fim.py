@@ -61,7 +61,7 @@ def features(
     for document in sorted(documents, key=len, reverse=True):
         over -= document.shorten(over) if over > 0 else 0
     packed = {name: np.zeros(length + 1, np.int32) for name in ("tokens", "segments")}
-    tokens = np.concatenate([document.tokens() for document in documents])[: length + 1]
+    tokens = np.array([token for document in documents for token in document.tokens()], np.int32)[: length + 1]
     numbers = np.repeat(np.arange(1, len(documents) + 1), [len(document) for document in documents])[: length + 1]
     packed["tokens"][: len(tokens)], packed["segments"][: len(tokens)] = tokens, numbers
     return clm.features(packed)
