@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import checkpoint, lm
+from jaxlm import config as configs
+from jaxlm.data import tokenizers
 from jaxlm.decode.engine import Engine
 from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake
+from jaxlm.models import Blueprint
 from jaxlm.nn.attention import BACKENDS, KERNELS, attend
 from jaxlm.nn.mask import Mask
 from jaxlm.objectives import _pairs, prefix
@@ -149,3 +153,17 @@ def test_a_prompt_is_read_as_a_prefix_is(name):
         assert best[len(prompt) - 1 : -1].tolist() == new
     plain = Engine(model, params).generate(prompts, Sampling(temperature=0), max_new_tokens=5)
     assert plain != rows
+
+
+def test_the_objective_of_a_workdir_says_how_its_prompts_are_read(tmp_path):
+    tokenizer, section = (
+        tokenizers.train([], dict(kind="bytes")),
+        dict(name="gpt2", layers=1, width=8, heads=2, context=64),
+    )
+    tokenizer.save(tmp_path / "tokenizer")
+    params = Blueprint.of(section, vocab=tokenizer.vocab).init(0)
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, dict(params=params))
+    for objective in ("prefix", "clm"):
+        configs.write(dict(model=section, length=16, dtype="float32", objective=dict(name=objective)), str(tmp_path))
+        assert lm.load(str(tmp_path)).engine.both_ways == (objective == "prefix")
