@@ -1,13 +1,16 @@
 """What the text-to-text objectives share: documents become pairs of a source and a target, pairs become an example, and
 the loss is over the targets.
 
-    words.pad 0, a source [5 9 3] and its target [6 7 3], then [8 3] and [3], for an encoder-decoder:
+    sources [5 9 3] and [8 3], their targets [6 7 3] and [4 3]; eos 3, padding 0
 
-    tokens  [5 9 3 8 3 0]    decoder_tokens    [0 6 7 0 0]    labels  [6 7 3 3 0]
-    segments[1 1 1 2 2 0]    decoder_segments  [1 1 1 2 0]    weights [1 1 1 1 0]
+    encoder-decoder    tokens          [5 9 3 8 3 0]    segments          [1 1 1 2 2 0]
+                       decoder_tokens  [0 6 7 0 4 0]    decoder_segments  [1 1 1 2 2 0]
+                       labels          [6 7 3 4 3 0]    weights           [1 1 1 1 1 0]
 
-    for a decoder:    tokens [5 9 3 6 7 3 8 3 0]    labels  [9 3 6 7 3 0 3 0 0]
-                    segments [1 1 1 1 1 1 2 2 0]    weights [0 0 1 1 1 0 0 1 0]
+    decoder            tokens    [5 9 3 6 7 3 8 3 4 3 0]
+                       segments  [1 1 1 1 1 1 2 2 2 2 0]
+                       labels    [9 3 6 7 3 8 3 4 3 0 0]
+                       weights   [0 0 1 1 1 0 0 1 1 0 0]
 
 Each document is a pair and a segment of its own, so that none sees its neighbour; where `config.data.isolate` is False,
 all documents of a row are one. Both sides end with eos, which a stored document has already; a bos that it begins with
