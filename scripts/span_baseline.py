@@ -112,7 +112,9 @@ def _answers(model, batch, plain_V):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.span_baseline", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.span_baseline", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--workdir", required=True, help="of `jaxlm train` with the objective span")
     parser.add_argument("--store", help="the token store, where it has moved")
     parser.add_argument("--order", type=int, default=5, help="tokens in an n-gram (default: 5)")

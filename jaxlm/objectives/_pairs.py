@@ -96,7 +96,8 @@ class Sheet:
 
     def add(self, source: np.ndarray, target: np.ndarray) -> None:
         """Write a pair, neither side with its eos yet."""
-        self._pairs.append((np.append(source, self._words.eos), np.append(target, self._words.eos)))
+        end = eos(self._words)
+        self._pairs.append((np.append(source, end), np.append(target, end)))
 
     def example(self) -> dict[str, np.ndarray]:
         """The arrays that the module's docstring shows."""

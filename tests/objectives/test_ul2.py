@@ -52,5 +52,5 @@ def test_wrong_options_are_named_before_training():
     for shares in ([1, 1], [0, 0, 0], [1, -1, 1]):
         with pytest.raises(Mistake, match=r"config\.objective\.shares="):
             objectives.of(dict(name="ul2", shares=shares), length=64, words=WORDS, kind="encoder-decoder")
-    with pytest.raises(Mistake, match="has 186 spans, and the tokenizer has 100 sentinels"):
+    with pytest.raises(Mistake, match="has 185 spans, and the tokenizer has 100 sentinels"):
         objectives.of(dict(name="ul2"), length=1000, words=WORDS, kind="encoder-decoder")

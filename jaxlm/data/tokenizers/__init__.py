@@ -122,12 +122,12 @@ class Named:
 
     def __init__(self, tokenizer: Tokenizer):
         self._plain = tokenizer
+        self.vocab, self.bos, self.eos, self.pad = tokenizer.vocab, tokenizer.bos, tokenizer.eos, tokenizer.pad
+        self.specials, self.fingerprint = tokenizer.specials, tokenizer.fingerprint
+        self.add_bos, self.add_eos = tokenizer.add_bos, tokenizer.add_eos
         self._names = {i: name for name, i in tokenizer.specials.items()}
         longest = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(longest) or '(?!)'})")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plain, name)
 
     def encode(self, text: str) -> list[int]:
         specials, ids = self._plain.specials, []
@@ -144,6 +144,12 @@ class Named:
             run = list(group)
             text += self._plain.decode(run) if special is None else special * len(run)
         return text
+
+    def pieces(self) -> list[str]:
+        return self._plain.pieces()
+
+    def save(self, folder: epath.PathLike) -> None:
+        self._plain.save(folder)
 
 
 def sample(texts: Iterable[str], characters: int) -> list[str]:
