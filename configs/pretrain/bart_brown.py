@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config(size: str = "full") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
-    c.steps = {"full": 1_000, "tiny": 2}[size]
+    c.steps = {"full": 800, "tiny": 2}[size]
 
     c.store = "data/brown_text_to_text"  # as in t5_brown.py: one store serves both
     c.prepare = dict(
@@ -28,7 +28,7 @@ def get_config(size: str = "full") -> ConfigDict:
     c.objective = dict(name="denoise")
     c.model = dict(name="bart", layers=3, width=192, heads=6, mlp_width=768, context=256)
     c.optimizer = dict(name="muon", lr=5e-3, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
-    c.every = dict(log=50, eval=400, save=400)
+    c.every = dict(log=50, eval=400, save=200)
     c.samples = dict(prompts=["He said that he had <mask> to the <mask> ."], tokens=24)
     if size == "tiny":
         c.length, c.batch = 48, 2

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config(size: str = "full") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
-    c.steps = {"full": 900, "tiny": 2}[size]
+    c.steps = {"full": 600, "tiny": 2}[size]
 
     c.store = "data/fim_python_source"
     c.prepare = dict(
@@ -26,7 +26,8 @@ def get_config(size: str = "full") -> ConfigDict:
     c.objective = dict(name="fim")
     c.model = dict(name="llama", layers=4, width=192, heads=6, kv_heads=6, head_width=32, mlp_width=512, tied=True)
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
-    c.every = dict(log=50, eval=400, save=400)
+    c.every = dict(log=50, save=200)
+    c.evaluation = dict(documents=40)
     c.samples = dict(
         prompts=[
             "<fim_prefix>def add(a, b):\n    return <fim_suffix>\n\n\ndef sub(a, b):\n    return a - b\n<fim_middle>"

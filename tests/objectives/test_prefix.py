@@ -145,7 +145,7 @@ def test_a_prompt_is_read_as_a_prefix_is(name):
     """Greedy tokens of the engine are those of one pass over the row with the prompt as its prefix."""
     model = blueprint(name)
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(seed=1))
-    prompts = np.random.default_rng(0).integers(0, 32, (8, 9)).tolist() + [[4, 8]]
+    prompts = [*np.random.default_rng(0).integers(0, 32, (8, 9)).tolist(), [4, 8]]
     rows = Engine(model, params, both_ways=True).generate(prompts, Sampling(temperature=0), max_new_tokens=5)
     for prompt, new in zip(prompts, rows):
         tokens, known = jnp.asarray([prompt + new]), jnp.asarray([[1] * len(prompt) + [0] * len(new)])
