@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def get_config(size: str = "full") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
-    c.steps = {"full": 1_000, "tiny": 2}[size]
+    c.steps = {"full": 1_500, "tiny": 2}[size]
 
     c.store = "data/brown_text_to_text"  # for bart_brown, prefix_brown and ul2_brown, too
     c.prepare = dict(
@@ -24,10 +24,10 @@ def get_config(size: str = "full") -> ConfigDict:
         ),
         validation=0.05,
     )  # fmt: skip
-    c.length, c.batch = 256, 8
+    c.length, c.batch = 128, 8
 
     c.objective = dict(name="span")
-    c.model = dict(name="t5", layers=3, width=192, heads=6, head_width=32, mlp_width=512, tied=True, scaled=True)
+    c.model = dict(name="t5", layers=3, width=192, heads=6, head_width=32, mlp_width=512)
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
     c.every = dict(log=50, eval=500, save=250)
     c.samples = dict(prompts=["He said that he had <extra_id_0> to the <extra_id_1> ."], tokens=24)

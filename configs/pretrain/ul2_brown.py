@@ -23,10 +23,10 @@ def get_config(size: str = "full") -> ConfigDict:
         ),
         validation=0.05,
     )  # fmt: skip
-    c.length, c.batch = 256, 8
+    c.length, c.batch = 128, 8
 
     c.objective = dict(name="ul2")
-    c.model = dict(name="t5", layers=3, width=192, heads=6, head_width=32, mlp_width=512, tied=True, scaled=True)
+    c.model = dict(name="t5", layers=3, width=192, heads=6, head_width=32, mlp_width=512)
     c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
     c.every = dict(log=50, eval=300, save=300)
     c.samples = dict(
