@@ -72,9 +72,13 @@ def read(model: Any, cache: Cache, token_B: jax.Array, table: Any = None) -> tup
 
 
 class Engine:
-    """A model ready to continue rows with token ids below `vocab`; `traces` counts how often a program was traced."""
+    """A model ready to continue rows with token ids below `vocab`; `traces` counts how often a program was traced.
 
-    def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None):
+    A decoder that learned to read prefixes `both_ways` reads its prompts so.
+    """
+
+    def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None, both_ways: bool = False):
+        self.both_ways = both_ways
         self.blueprint, self.params, self.vocab = blueprint, settle(params), vocab or blueprint.config.vocab
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
         self._laid: tuple[bool, Tree] | None = None
@@ -166,7 +170,9 @@ class Engine:
             cache = model.remember(model.empty_cache(B, slots), memory_BTD, real_BT)
             tokens_BS, lengths_B = jnp.full((B, slots), self.blueprint.config.start), jnp.ones_like(lengths_B)
         else:
-            cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots))[1]
+            real_BT = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
+            where = dict(prefix_BT=real_BT) if self.both_ways else {}
+            cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots), **where)[1]
             tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, slots - T)))
         cache = dataclasses.replace(cache, lengths_B=lengths_B - 1)  # the last token is read by the first step
         if origin_B is not None:

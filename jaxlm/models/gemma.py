@@ -105,7 +105,7 @@ class Model(nnx.Module):
         return Head(self.embed_VD[...], cap=self.config.cap_logits)
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         c = self.config
         if positions_BT is None:
@@ -116,7 +116,7 @@ class Model(nnx.Module):
         keys = None if key is None else jax.random.split(key, c.layers)
 
         def step(block, carry, extra, is_global):
-            mask = Mask(window=None if is_global else c.window, segments_BT=segments_BT)
+            mask = Mask(window=None if is_global else c.window, prefix_BT=prefix_BT, segments_BT=segments_BT)
             return block(carry[0], mask, wide if is_global else near, carry[1], *extra)
 
         per_layer = (np.arange(c.layers), keys)

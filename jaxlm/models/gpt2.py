@@ -92,7 +92,7 @@ class Model(nnx.Module):
         return Head(self.embed_VD[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         c, T = self.config, tokens_BT.shape[1] if cache is None else cache.slots
         if c.context < T:
@@ -104,7 +104,7 @@ class Model(nnx.Module):
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
 
         def step(block, carry, extra, window):
-            return block(carry[0], Mask(window=window, segments_BT=segments_BT), carry[1], *extra)
+            return block(carry[0], Mask(window=window, prefix_BT=prefix_BT, segments_BT=segments_BT), carry[1], *extra)
 
         windows = [c.window if layer % 2 else None for layer in range(c.layers)]
         per_layer = (np.arange(c.layers), keys[1])

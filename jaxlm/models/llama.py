@@ -110,7 +110,7 @@ class Model(nnx.Module):
         return Head((self.embed_VD if self.untied_VD is None else self.untied_VD)[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         c = self.config
         if positions_BT is None:
@@ -120,7 +120,9 @@ class Model(nnx.Module):
         keys = None if key is None else jax.random.split(key, c.layers)
 
         def step(block, carry, extra, window):
-            return block(carry[0], Mask(window=window, segments_BT=segments_BT), angles, carry[1], *extra)
+            return block(
+                carry[0], Mask(window=window, prefix_BT=prefix_BT, segments_BT=segments_BT), angles, carry[1], *extra
+            )
 
         per_layer = (np.arange(c.layers), keys)
         x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, remat=c.remat, kinds=c.windows)

@@ -103,21 +103,21 @@ class Model(nnx.Module):
         return Head((self.embed_VD if self.untied_VD is None else self.untied_VD)[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         x_BTD, cache, _ = self.routed(
-            tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, cache=cache, key=key
+            tokens_BT, segments_BT=segments_BT, prefix_BT=prefix_BT, positions_BT=positions_BT, cache=cache, key=key
         )  # fmt: skip
         return x_BTD, cache
 
     @shaped
-    def routed(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def routed(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """The same, and what the routers add to the loss: a mean over layers, weighted as the config says."""
         c = self.config
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
         angles = positions.angles(positions_BT, c.head_width, c.rope_base, c.rope_scaling)
-        mask = Mask(window=c.window, segments_BT=segments_BT)
+        mask = Mask(window=c.window, prefix_BT=prefix_BT, segments_BT=segments_BT)
         keys = None if key is None else jax.random.split(key, c.layers)
 
         def step(block, carry, extra):

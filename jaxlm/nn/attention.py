@@ -74,7 +74,7 @@ def _spans(mask: Mask, T: int, S: int) -> Spans:
     spans = []
     for first in range(0, T, size):
         last, low, high = min(first + size, T), 0, S
-        if mask.offset_B is None and mask.causal:
+        if mask.offset_B is None and mask.causal and mask.prefix_BT is None:
             high = min(last, S)
             low = max(0, first - mask.window + 1) if mask.window else 0
         spans.append((first, last, low, high))
@@ -193,6 +193,11 @@ def attend(
     return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap)
 
 
+def _padded(prefix_BT: jax.Array | None, k_BKSH: jax.Array) -> jax.Array | None:
+    """For a cache that begins with these tokens, as a prefix does: the slots behind them are not of it."""
+    return None if prefix_BT is None else jnp.pad(prefix_BT, ((0, 0), (0, k_BKSH.shape[2] - prefix_BT.shape[1])))
+
+
 class Attention(nnx.Module):
     """Projections around `attend`: grouped queries (arXiv:2305.13245), optionally rotary positions, biases (of the
     output too, unless `out_bias` says otherwise), norms of queries and keys, and scores scaled otherwise than by
@@ -234,7 +239,7 @@ class Attention(nnx.Module):
         if cache is not None and layer is not None:
             cache = cache.write(layer, k_BKTH, v_BKTH)
             k_BKSH, v_BKSH = cache.read(layer)
-            mask = dataclasses.replace(mask, offset_B=cache.lengths_B)
+            mask = dataclasses.replace(mask, offset_B=cache.lengths_B, prefix_BT=_padded(mask.prefix_BT, k_BKSH))
         return self._out(x_BTD, q_BNTH, k_BKSH, v_BKSH, mask, bias), cache
 
     @shaped
