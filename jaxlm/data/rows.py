@@ -216,7 +216,7 @@ def _epochs(rows: Rows, seed: int) -> grain.MapDataset[Row]:
     count = len(rows)
     if count > 1 << 13:
         order = grain.MapDataset.range(count).shuffle(seed).repeat()
-    else:  # Grain's shuffle takes 8 µs a row among many, but 60 µs among 1,000 and 4 ms among 10 (its cipher has 16 bits)
+    else:  # Grain's shuffle takes 8 µs a row among many, 60 µs among 1,000 and 4 ms among 10 (its cipher has 16 bits)
         order = grain.MapDataset.range(sys.maxsize).map(lambda i: _order(seed, i // count, count)[i % count])
     return order.random_map(rows.draw, seed=seed) if rows.pairs else order.map(rows.__getitem__)
 

@@ -1,7 +1,8 @@
 """BERT: an encoder that sees both sides, with heads for masked tokens and for the next sentence (arXiv:1810.04805).
 
 RoBERTa (arXiv:1907.11692) and DistilBERT (arXiv:1910.01108) differ in settings. ModernBERT (arXiv:2412.13663) is
-`modern`: norms in front, rotary positions, gated MLPs, no biases, and two local layers after each global one.
+`modern`: norms in front, rotary positions, gated MLPs, no biases, and two local layers after each global one. ELECTRA
+(arXiv:2003.10555) has a `generator`: fewer layers on the same embeddings, which the head for masked tokens then reads.
 
 Read `Model.hidden` first, `Block` and `ModernBlock` second; the rest is `jaxlm.nn`.
 """
@@ -22,7 +23,7 @@ from jaxlm.nn import positions
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.linear import Head, dense, dropout, embed, normal, zeros
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.mlp import MLP, GatedMLP
+from jaxlm.nn.mlp import MLP, Dense, GatedMLP
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import scan, stacked
 
@@ -49,6 +50,7 @@ class Config:
     masked: bool = True  # the head that predicts masked tokens
     pooled: bool = True  # the first token's state through a layer of its own
     next: bool = True  # the head that tells from it whether the second sentence follows the first
+    generator: int = 0  # layers that guess masked tokens, for ELECTRA; the model's own tell which tokens are guesses
     modern: bool = False
     window: int = 128  # of modern's local layers: so many tokens around each
     every: int = 3  # modern: each so-manyth layer is global, the first one too
@@ -120,16 +122,6 @@ class ModernBlock(nnx.Module):
         return axes.constrain(x_BTD + dropout(y_BTD, self.dropout, keys[1]), "BTD")
 
 
-class Dense(nnx.Module):
-    """A square layer."""
-
-    def __init__(self, width: int, *, bias: bool = True, rngs: nnx.Rngs):
-        self.w_DD, self.bias_D = normal(rngs, width, width, std=0.02), zeros(width) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return dense(x, self.w_DD, self.bias_D)
-
-
 class Model(nnx.Module):
     """Token ids to hidden states, to logits of masked tokens, to a pooled state."""
 
@@ -148,22 +140,30 @@ class Model(nnx.Module):
         self.pooler = Dense(c.width, rngs=rngs) if c.pooled else None
         self.next_DC = normal(rngs, c.width, 2, std=0.02) if c.next else None
         self.next_C = zeros(2) if c.next else None
+        self.generator = stacked(lambda rngs: block(c, rngs=rngs), c.generator, rngs) if c.generator else None
+        self.replaced = Dense(c.width, rngs=rngs) if c.generator else None
+        self.replaced_D = normal(rngs, c.width, std=0.02) if c.generator else None
 
     @property
     def head(self) -> Head:
         return Head(self.embed_VD[...], None if self.bias_V is None else self.bias_V[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, types_BT=None, key=None):
-        """Final hidden states [B, T, D] and None (no cache); padding has segment 0. A `key` means dropout."""
+    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, types_BT=None, key=None, generator=False):
+        """Final hidden states [B, T, D] and None (no cache), the model's own or its generator's; padding has segment 0.
+        A `key` means dropout.
+        """
         c = self.config
+        blocks, layers = (self.generator, c.generator) if generator else (self.blocks, c.layers)
         if tokens_BT.shape[1] > c.context:
             raise Mistake(f"bert: {tokens_BT.shape[1]} tokens, but config.model.context={c.context}")
         if types_BT is not None and self.types_CD is None:
             raise Mistake("this model has no token types (config.model.types=0)")
+        if blocks is None:
+            raise Mistake("this model has no generator (config.model.generator=0)")
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT)
-        keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
+        keys = [None] * 2 if key is None else [jax.random.fold_in(key, layers), jax.random.split(key, layers)]
         x_BTD = embed(self.embed_VD, tokens_BT)
         if self.positions_TD is not None:
             x_BTD += embed(self.positions_TD, positions_BT + c.skipped)
@@ -178,8 +178,8 @@ class Model(nnx.Module):
             how = (first, None, wide) if is_global else (first, c.window // 2 + 1, near)
             return block(x_BTD, segments_BT, key, how)
 
-        kinds = [(c.modern and i == 0, not c.modern or i % c.every == 0) for i in range(c.layers)]
-        x_BTD = scan(self.blocks, x_BTD, step, keys[1], remat=c.remat, kinds=kinds)
+        kinds = [(c.modern and i == 0, not c.modern or i % c.every == 0) for i in range(layers)]
+        x_BTD = scan(blocks, x_BTD, step, keys[1], remat=c.remat, kinds=kinds)
         return (x_BTD if self.last is None else self.last(x_BTD, jnp.float32)).astype(c.dtype), None
 
     @shaped
@@ -207,6 +207,12 @@ class Model(nnx.Module):
         if self.next_DC is None:
             raise Mistake("this model has no head for the next sentence (config.model.next=False)")
         return dense(pooled_BD, self.next_DC, self.next_C).astype(jnp.float32)
+
+    @shaped
+    def guessed(self, x_BTD):
+        """Logits [B, T] in float32: a token is a generator's guess, and not the text's own."""
+        assert self.replaced is not None and self.replaced_D is not None
+        return GELU(self.replaced(x_BTD)).astype(jnp.float32) @ self.replaced_D[...]
 
 
 SIZES = {
