@@ -1,7 +1,7 @@
 """not measured: A small ELECTRA on the Brown corpus: its generator has one layer, and the model two.
 
-    jaxlm prepare --config=configs/pretrain/bert_brown.py                  the same store
-    jaxlm train --config=configs/pretrain/electra_brown.py --workdir=runs/electra_brown
+jaxlm prepare --config=configs/pretrain/bert_brown.py                  the same store
+jaxlm train --config=configs/pretrain/electra_brown.py --workdir=runs/electra_brown
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,16 @@
 """The position-wise networks between attention layers."""
 
 from collections.abc import Callable
+import functools
 
 from flax import nnx
 import jax
 
 from jaxlm import axes
 from jaxlm.nn.linear import dense, normal, zeros
+
+GELU = functools.partial(jax.nn.gelu, approximate=False)
+GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)  # as GPT-2's code has it
 
 
 class MLP(nnx.Module):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.words import Words
+from jaxlm.lookup import Mistake
 from jaxlm.nn.linear import Head
 from jaxlm.nn.loss import LOGITS_AT_ONCE, Sums, cross_entropy
 from jaxlm.objectives import mlm
@@ -51,11 +52,13 @@ def loss(
     chunk: int | None = None,
 ) -> Sums:
     """The generator's sums over the chosen tokens (nats), and in the loss `scale` times the model's mean binary
-    cross-entropy over all tokens.
+    cross-entropy over all tokens. Raises `Mistake` for a model without a generator.
 
     `found_...` are the model's: accuracy over all tokens, and of the tokens that are not the text's own, how many of
     those it names are (precision) and how many of those that are it names (recall). Without a key: no dropout.
     """
+    if getattr(model, "generator", None) is None:
+        raise Mistake("the objective 'electra' needs a generator: name=\"bert\" with config.model.generator=1 or more")
     tokens, segments = batch["tokens"], batch["segments"]
     keys = (None, None) if key is None else jax.random.split(key)
     x_BTD, _ = model.hidden(tokens, segments_BT=segments, key=keys[0], generator=True)

@@ -203,7 +203,8 @@ def loss(
 ) -> Sums:
     """Sums over the chosen tokens (nats); of pairs, the loss has the mean cross-entropy of `follows` too (section A.2).
 
-    The head is spent on the chosen tokens alone. Without a key: no dropout.
+    The head is spent on the chosen tokens alone. Without a key: no dropout. Raises `Mistake` for a model that lacks the
+    heads for it.
     """
     x_BTD, _ = model.hidden(batch["tokens"], segments_BT=batch["segments"], types_BT=batch.get("types"), key=key)
     x_BTD_chosen, labels, weights, _ = chosen(x_BTD, batch, rate)
@@ -212,6 +213,8 @@ def loss(
     )
     if "follows" not in batch:
         return sums
+    if not hasattr(model, "follows"):
+        raise Mistake('config.objective.next: this model has no head for the next sentence; name="bert" has')
     told = batch["follows"]
     log_BC = jax.nn.log_softmax(model.follows(model.pool(x_BTD)))
     real, kind = (told > 0).astype(jnp.float32), jnp.maximum(told - 1, 0)

@@ -125,7 +125,7 @@ def test_the_generator_reads_and_drops_as_the_model_does():
 
 def test_a_model_without_a_generator_is_refused():
     bare = model(generator=0)
-    with pytest.raises(Mistake, match=r"no generator \(config\.model\.generator=0\)"):
+    with pytest.raises(Mistake, match=r"'electra' needs a generator: .*config\.model\.generator=1"):
         electra.loss(bare.bind(bare.init(0)), batch())
     with pytest.raises(Mistake, match=r"config\.objective\.rate is a share"):
         electra.row(64, KNOWN, rate=2)
