@@ -62,11 +62,11 @@ def loss(
     tokens, segments = batch["tokens"], batch["segments"]
     keys = (None, None) if key is None else jax.random.split(key)
     x_BTD, _ = model.hidden(tokens, segments_BT=segments, key=keys[0], generator=True)
-    x_chosen, labels, weights, places = mlm.chosen(x_BTD, batch, rate)
-    x_chosen = model.for_head(x_chosen)
-    sums = cross_entropy(x_chosen, model.head, labels, weights, chunk=chunk)
+    few_BTD, labels, weights, places = mlm.gathered(x_BTD, batch, rate)
+    few_BTD = model.for_head(few_BTD)
+    sums = cross_entropy(few_BTD, model.head, labels, weights, chunk=chunk)
 
-    guesses = _draw(model.head, jax.lax.stop_gradient(x_chosen), batch["noise"])
+    guesses = _draw(model.head, jax.lax.stop_gradient(few_BTD), batch["noise"])
     own = jnp.where(batch["weights"] > 0, batch["labels"], tokens)
     there = jnp.take_along_axis(own, places, axis=1)
     seen = jnp.put_along_axis(own, places, jnp.where(weights > 0, guesses, there), axis=1, inplace=False)

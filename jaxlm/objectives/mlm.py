@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import lookup
 from jaxlm.data.words import MASK, Words
-from jaxlm.lookup import Mistake, key
 from jaxlm.nn.loss import Sums, cross_entropy
 
 KINDS = ("encoder",)
@@ -49,16 +49,16 @@ def row(
     Raises `Mistake` for an option that is not, and where the tokenizer lacks a special that is needed.
     """
     if not 0 < rate < 1:
-        raise Mistake(f"config.objective.rate is a share of the tokens, above 0 and below 1, not {rate}")
+        raise lookup.Mistake(f"config.objective.rate is a share of the tokens, above 0 and below 1, not {rate}")
     if not (0 <= mask <= 1 and 0 <= random <= 1 and mask + random <= 1):
-        raise Mistake(f"config.objective: mask={mask} and random={random} are shares that sum up to 1 at most")
-    key("config.objective.unit", unit, dict.fromkeys(UNITS))
+        raise lookup.Mistake(f"config.objective: mask={mask} and random={random} are shares that sum up to 1 at most")
+    lookup.key("config.objective.unit", unit, dict.fromkeys(UNITS))
     known.find("mask", MASK)
     if next is None:
         return length
-    key("config.objective.next", next, dict.fromkeys(("nsp", "sop")))
+    lookup.key("config.objective.next", next, dict.fromkeys(("nsp", "sop")))
     if known.bos is None or known.eos is None:
-        raise Mistake(
+        raise lookup.Mistake(
             f"config.objective.next={next!r}: the tokenizer has no bos or no eos, which stand around the texts"
         )
     return length - 3
@@ -79,8 +79,11 @@ def features(
     if next is not None:
         example = _pair(row, rng, known, length, other=next == "nsp")
     tokens = example["tokens"]
-    where = _units(tokens, example["segments"], known, whole=unit != "token")
-    spans = (_runs if unit == "span" else _some)(*where, rng, rate)
+    starts, stops, joined = _units(tokens, example["segments"], known, whole=unit != "token")
+    if unit == "span":
+        spans = _runs(starts, stops, joined, rng, rate)
+    else:
+        spans = _some(starts, stops, rng, rate)
     sizes = spans[:, 1] - spans[:, 0]
     places = np.repeat(spans[:, 0] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
     fate = np.repeat(rng.random(len(spans)), sizes) if unit == "span" else rng.random(len(places))
@@ -112,17 +115,16 @@ def _units(
     return starts, stops, joined
 
 
-def _some(starts: np.ndarray, stops: np.ndarray, joined: object, rng: np.random.Generator, rate: float) -> np.ndarray:
+def _some(starts: np.ndarray, stops: np.ndarray, rng: np.random.Generator, rate: float) -> np.ndarray:
     """Units drawn at random, int[n, 2] (start, stop), as long as they fit in the share that is to be chosen."""
-    sizes, chosen = stops - starts, []
-    left = budget(rate, int(sizes.sum()))
-    all_sizes = sizes.tolist()
-    for one in rng.permutation(len(starts)).tolist():
+    sizes, chosen = (stops - starts).tolist(), []
+    left = budget(rate, sum(sizes))
+    for one in rng.permutation(len(sizes)).tolist():
         if not left:
             break
-        if all_sizes[one] <= left:
+        if sizes[one] <= left:
             chosen.append(one)
-            left -= all_sizes[one]
+            left -= sizes[one]
     return np.stack([starts[chosen], stops[chosen]], axis=1)
 
 
@@ -134,22 +136,24 @@ def _runs(
     One that fits nowhere becomes shorter, as the last one does, for which the share has no more room.
     """
     left, longest, chosen = budget(rate, int((stops - starts).sum())), len(SPAN), []
-    free = np.ones(len(starts), bool)
+    taken, parted = np.zeros(len(starts), bool), np.cumsum(~joined)
     for length in 1 + np.searchsorted(SPAN, rng.random(len(starts))):
         for size in range(min(int(length), longest, len(starts)), 0, -1):
-            taken = np.cumsum(np.append(0, ~free + 0))
-            parted = np.cumsum(~joined)
-            fits = (taken[size:] == taken[:-size]) & (parted[size - 1 :] == parted[: len(parted) - size + 1])
-            fits &= stops[size - 1 :] - starts[: len(starts) - size + 1] <= left
+            before = np.append(
+                0, np.cumsum(taken)
+            )  # how many units before each are taken
+            first, last = slice(len(starts) - size + 1), slice(size - 1, None)
+            fits = (before[size:] == before[:-size]) & (parted[first] == parted[last])
+            fits &= stops[last] - starts[first] <= left
             if fits.any():
                 break
             longest = size - 1
         else:
             break
-        first = int(rng.choice(np.flatnonzero(fits)))
-        free[first : first + size] = False
-        chosen.append((starts[first], stops[first + size - 1]))
-        left -= int(stops[first + size - 1] - starts[first])
+        one = int(rng.choice(np.flatnonzero(fits)))
+        taken[one : one + size] = True
+        chosen.append((starts[one], stops[one + size - 1]))
+        left -= int(stops[one + size - 1] - starts[one])
         if not left:
             break
     return np.asarray(chosen, int).reshape(-1, 2)
@@ -207,14 +211,14 @@ def loss(
     heads for it.
     """
     x_BTD, _ = model.hidden(batch["tokens"], segments_BT=batch["segments"], types_BT=batch.get("types"), key=key)
-    x_BTD_chosen, labels, weights, _ = chosen(x_BTD, batch, rate)
+    few_BTD, labels, weights, _ = gathered(x_BTD, batch, rate)
     sums = cross_entropy(
-        model.for_head(x_BTD_chosen), model.head, labels, weights, label_smoothing=label_smoothing, chunk=chunk
+        model.for_head(few_BTD), model.head, labels, weights, label_smoothing=label_smoothing, chunk=chunk
     )
     if "follows" not in batch:
         return sums
     if not hasattr(model, "follows"):
-        raise Mistake('config.objective.next: this model has no head for the next sentence; name="bert" has')
+        raise lookup.Mistake('config.objective.next: this model has no head for the next sentence; name="bert" has')
     told = batch["follows"]
     log_BC = jax.nn.log_softmax(model.follows(model.pool(x_BTD)))
     real, kind = (told > 0).astype(jnp.float32), jnp.maximum(told - 1, 0)
@@ -225,7 +229,7 @@ def loss(
     return sums._replace(loss=sums.loss + nll / jnp.maximum(count, 1.0) * sums.weight, others=others)
 
 
-def chosen(
+def gathered(
     x_BTD: jax.Array, batch: Mapping[str, jax.Array], rate: float
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The states of the chosen tokens, their labels and weights, and where they are: as many in each row as may be."""

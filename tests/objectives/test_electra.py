@@ -75,8 +75,8 @@ def test_the_model_is_asked_for_every_token_whether_it_is_the_texts_own():
     sums = jax.jit(lambda p: electra.loss(model().bind(p), b))(params())
     hidden = functools.partial(bound.hidden, segments_BT=b["segments"])
     x_BTD = hidden(b["tokens"], generator=True)[0]
-    x_chosen, _, weights, places = mlm.chosen(x_BTD, b, mlm.RATE)
-    drawn = np.asarray(electra._draw(bound.head, bound.for_head(x_chosen), b["noise"]))
+    few_BTD, _, weights, places = mlm.gathered(x_BTD, b, mlm.RATE)
+    drawn = np.asarray(electra._draw(bound.head, bound.for_head(few_BTD), b["noise"]))
     own = np.where(b["weights"] > 0, b["labels"], b["tokens"])
     seen = own.copy()
     for r, t in np.argwhere(np.asarray(weights) > 0):
