@@ -6,6 +6,8 @@
     scripts/bench.py loss   --json                                      peak temporary memory, chunked against full
     scripts/bench.py families --json [--layers=6 --width=384 ...]       forward + backward of every family, one shape
     scripts/bench.py depth  --json                                      compile time of 4, 12, 48 layers, scan and loop
+    scripts/bench.py loader --json [--context=2048 --batch=8]           from a token store to batches, every objective
+    scripts/bench.py prepare --json [--megabytes=200]                   clean + dedup + tokenize; tokenizers alone
 
     --peer="PYTHON peer_torch.py"    runs the peer with the same shape, before and after, and prints the ratio
 
@@ -25,10 +27,15 @@ import sys
 import time
 from typing import Any
 
+import bench_data
+
 from jaxlm import lookup, program
 
-DEFAULTS = dict(layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128)
+DEFAULTS = dict(
+    layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128, megabytes=200
+)
 SMALL = dict(layers=6, heads=6, width=384, context=256)
+LOADER = dict(context=2048, batch=8, vocab=32_000)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
 
 
@@ -190,7 +197,12 @@ def depth(a: argparse.Namespace, variant: str) -> dict[str, Any]:
 VARIANTS = {
     "loss": ["1024", "auto"],
     "depth": [f"{how}:{layers}" for layers in (4, 12, 48) for how in ("scan", "loop")],
+    **bench_data.VARIANTS,
 }
+WHAT = dict(
+    train=train, decode=decode, loss=loss, families=families, depth=depth,
+    loader=bench_data.loader, prepare=bench_data.prepare,
+)  # fmt: skip
 
 
 def measure(a: argparse.Namespace, what: str, variant: str) -> dict[str, Any]:
@@ -206,7 +218,8 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
     """The peer's lines for the same shape, in the environment of its own users: without our setting of malloc."""
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     what = {"train": "speed", "decode": "decode"}[a.what]
-    names = DEFAULTS if what == "decode" else [n for n in DEFAULTS if n not in ("prompt", "new")]
+    others = ("megabytes",) if what == "decode" else ("megabytes", "prompt", "new")
+    names = [name for name in DEFAULTS if name not in others]
     shape = [f"--{name}={getattr(a, name)}" for name in names]
     done = subprocess.run(
         [*a.peer.split(), what, *shape, *a.peer_flags.split()],
@@ -221,7 +234,7 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print a line each, and the ratio to the peer's best."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "decode", "loss", "families", "depth"])
+    parser.add_argument("what", choices=[*WHAT])
     for name in DEFAULTS:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--dtype", default="float32")
@@ -230,13 +243,12 @@ def main() -> None:
     parser.add_argument("--peer", default="")
     parser.add_argument("--peer-flags", default="--dtype=float32")
     a = parser.parse_args()
-    defaults = {**DEFAULTS, **{"decode": GPT2, "families": SMALL}.get(a.what, {})}
+    defaults = {**DEFAULTS, **{"decode": GPT2, "families": SMALL, "loader": LOADER}.get(a.what, {})}
     for name, value in defaults.items():
         if getattr(a, name) is None:
             setattr(a, name, value)
     if a.variant:
-        what = dict(train=train, decode=decode, loss=loss, families=families, depth=depth)[a.what]
-        print(json.dumps(what(a, a.variant)))
+        print(json.dumps(WHAT[a.what](a, a.variant)))
         return
     program.ask_for_huge_pages()  # as `jaxlm train` does
     before = peer(a) if a.peer else []

@@ -243,9 +243,16 @@ class Attention(nnx.Module):
         return self._out(x_BTD, q_BNTH, k_BKSH, v_BKSH, mask, bias), cache
 
     @shaped
-    def over(self, x_BTD: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> jax.Array:
-        """Attend over the `keys_values` of other tokens: an encoder's."""
-        return self._out(x_BTD, self._queries(x_BTD), k_BKSH, v_BKSH, mask, None)
+    def over(self, x_BTD: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        """Attend over the `keys_values` of other tokens: an encoder's, with a row for each B or for several.
+
+        Rows that read the same lie together, and are read as one long row, so that no key is copied for them.
+        """
+        together = lambda x: x.reshape(len(k), -1, *x.shape[2:])  # noqa: E731
+        rows = together(x_BTD)
+        if mask.segments_BT is not None:
+            mask = dataclasses.replace(mask, segments_BT=together(mask.segments_BT))
+        return self._out(rows, self._queries(rows), k, v, mask, None).reshape(x_BTD.shape)
 
     @shaped
     def keys_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -72,7 +72,9 @@ def test_a_row_is_tokens_with_segments_from_one_and_zeros_as_padding():
     assert row["tokens"].dtype == row["segments"].dtype == np.int32
 
 
-def test_rows_of_a_store_on_disk_equal_those_in_memory(tmp_path):
+@pytest.mark.parametrize("held", [0, 1 << 20], ids=["read at random", "held decoded"])
+def test_rows_of_a_store_on_disk_equal_those_in_memory(tmp_path, monkeypatch, held):
+    monkeypatch.setattr(token_store, "HELD", held)
     documents = documents_of(1)
     writer = token_store.Writer(f"{tmp_path}/docs", "uint16")
     lengths = np.array([len(document) for document in documents])
