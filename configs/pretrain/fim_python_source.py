@@ -4,7 +4,7 @@
     jaxlm train --config=configs/pretrain/fim_python_source.py --workdir=runs/fim_python_source
     jaxlm evaluate --workdir=runs/fim_python_source --data=store:data/fim_python_source:library:validation --stride=256
 
-Against the same model trained left to right (--config.objective.rate=0.0), on 40 held-out files of Python 3.11.7 (0.64 MB):
+Against the same model trained left to right (--config.objective.rate=0.0), on 40 held-out files (0.64 MB) of 3.11.7:
 
                               filling in half the files     left to right
     text left to right        1.931 bits per byte           1.930

@@ -5,8 +5,8 @@
 
 The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line.
 
-2 CPU cores shared with other work, 4 min 40 s of training: 4.95 nats a held-out token behind the prefix after 350 steps,
-4.58 after 700 (perplexity 97.4, 15.4 % right).
+2 CPU cores shared with other work, 4 min 40 s of training: 4.95 nats a held-out token behind the prefix after 350
+steps, 4.58 after 700 (perplexity 97.4, 15.4 % right).
 """
 
 from ml_collections import ConfigDict
