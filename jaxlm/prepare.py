@@ -230,8 +230,10 @@ def _prepare_source(
     counts, read = Counter(state.get("counts", {})), state["read"]
     writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
     work = functools.partial(encode, tok, pipeline.parts, augmentation)
-    how = dict(tally=tally, read=read, together=not augmentation.alone, alone=augmentation.by_model)
-    results = run(work, reading, folder / SELECTION, **how)
+    results = run(
+        work, reading, folder / SELECTION, tally=tally, read=read,
+        together=not augmentation.alone, alone=augmentation.by_model,
+    )  # fmt: skip
     with _Meter(folder.name, reading.source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
         for read, encoded in results:
             counts.update(encoded.counts)
