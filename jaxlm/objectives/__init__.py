@@ -9,8 +9,9 @@ A file exports
     row(length, words, *, ...)                      how many tokens of a packed row make an example of `length`
     features(row, rng, words, length, *, ...)       numpy: {"tokens", "segments"} -> an example, arrays of fixed shapes
     loss(model, batch, key, *, ...)                 jax: `nn.loss.Sums` over the batch; dropout where there is a key
-    pairs(*, ...)                                   may be left out: whether a row is of one document, not packed, and
-                                                    beside it has a row of another: "other_tokens", "other_segments"
+    pairs(*, ...)                                   may be left out: whether its row is of one document, not packed, and
+                                                    has one of another document beside it: {"other_tokens",
+                                                    "other_segments"}
 
 `words` (jaxlm.data.words) tells special ids and where words begin, `rng` draws the noise, as a function of (seed, row)
 alone. What stands behind the stars are the options of `config.objective`; each has a default. An objective for several
