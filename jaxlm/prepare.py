@@ -228,8 +228,9 @@ def _prepare_source(
     counts, read = Counter(state.get("counts", {})), state["read"]
     writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
     work = functools.partial(encode, tok, pipeline.parts, augmentation)
-    how = dict(tally=tally, read=read, together=not augmentation.alone, alone=augmentation.by_model)
-    results = run(work, reading, folder / SELECTION, **how)
+    together, alone = not augmentation.alone, augmentation.by_model
+    scratch = folder / SELECTION
+    results = run(work, reading, scratch, tally=tally, read=read, together=together, alone=alone)
     with _Meter(folder.name, reading.source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
         for read, encoded in results:
             counts.update(encoded.counts)

@@ -215,6 +215,7 @@ def prepare(a: argparse.Namespace, variant: str) -> dict[str, Any]:
             size += len("".join(parts).encode())
 
     kind, _, workers = variant.rpartition(":")
+    os.environ["RAYON_NUM_THREADS"] = workers  # of the library, before it first works
     spec = dict(kind=kind or "sentencepiece", algorithm="bpe", vocab=8192)
     if kind:
         a.megabytes = min(a.megabytes, 40)
@@ -274,7 +275,6 @@ def alone(a: argparse.Namespace, tok: Any, texts: list[str], workers: int) -> di
     work = functools.partial(encode.encode, tok, pipeline.Pipeline.of(splits.Splitter("document", 0)).parts)
     work = functools.partial(work, Augmentation())
     times: dict[str, list[float]] = dict(ours=[], library=[])
-    os.environ["RAYON_NUM_THREADS"] = str(workers)
     for _ in range(a.repeats // 3):
         begun = time.perf_counter()
         documents = (splits.Marked(Document(text, 0, len(text)), None) for text in texts)
