@@ -84,7 +84,9 @@ def prepare(
         root.rmtree()
 
     made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed, **pipeline.recipe)
-    recipes = {name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found}
+    recipes: dict[str, dict[str, Any]] = {
+        name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found
+    }
     order = pipeline.dedup.order(found) if pipeline.dedup else []
     for name in found:
         recipes[name]["after"] = order[: order.index(name)] if order else None  # whose documents win

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import unicodedata
 
 import numpy as np
-from rensa import RMinHash
+from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
 from jaxlm.data import shingles
 from jaxlm.lookup import Mistake, known

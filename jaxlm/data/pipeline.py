@@ -254,7 +254,7 @@ def add(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
 
 
 def _parts(folder: epath.Path) -> list[epath.Path]:
-    return sorted(folder.glob("part-*.npz"))
+    return sorted(path for path in folder.iterdir() if path.name.startswith("part-"))
 
 
 def _bands(dedup: Dedup) -> list[str]:

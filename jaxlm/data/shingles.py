@@ -10,7 +10,7 @@ import re
 import unicodedata
 
 import numpy as np
-from rensa import RMinHash
+from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
 # Thai, Lao, Myanmar, Khmer; kana and ideographs, their extensions and compatibility forms
 SIGNS = (

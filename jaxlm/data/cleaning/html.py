@@ -6,6 +6,7 @@ Text without HTML tags stays as it is. `pip install "jaxlm[html]"`.
 from functools import partial
 import importlib.util
 import re
+from typing import Any
 
 from jaxlm.data.cleaning import Dropped, Rule
 from jaxlm.lookup import Mistake, key
@@ -25,7 +26,7 @@ def rule(*, favour: str = "balance", tables: bool = True, comments: bool = False
     return partial(_rule, options=dict(options, include_tables=tables, include_comments=comments, fast=fast))
 
 
-def _rule(text: str, options: dict[str, bool]) -> str | Dropped:
+def _rule(text: str, options: dict[str, Any]) -> str | Dropped:
     import trafilatura
 
     if not PAGE.search(text):
