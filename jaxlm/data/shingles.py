@@ -23,7 +23,7 @@ WORD = re.compile(rf"[{SIGNS}]|[^\W{SIGNS}]+")
 def words(text: str) -> list[str]:
     """The words of a text, normalised (NFKC) and in lower case."""
     if text.isascii():
-        return ASCII_WORD.findall(text.lower())  # the same, in a third of the time
+        return ASCII_WORD.findall(text.lower())  # the same, in 0.6 of the time
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
