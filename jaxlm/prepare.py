@@ -230,9 +230,10 @@ def _prepare_source(
     counts, read = Counter(state.get("counts", {})), state["read"]
     writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
     work = functools.partial(encode, tok, pipeline.parts, augmentation)
-    together, alone = not augmentation.alone, augmentation.by_model
-    scratch = folder / SELECTION
-    results = run(work, reading, scratch, tally=tally, read=read, together=together, alone=alone)
+    results = run(
+        work, reading, folder / SELECTION, tally=tally, read=read,
+        together=not augmentation.alone, alone=augmentation.by_model,
+    )  # fmt: skip
     with _Meter(folder.name, reading.source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
         for read, encoded in results:
             counts.update(encoded.counts)

@@ -6,6 +6,7 @@
     scripts/bench.py loss   --json                                      peak temporary memory, chunked against full
     scripts/bench.py families --json [--layers=6 --width=384 ...]       forward + backward of every family, one shape
     scripts/bench.py depth  --json                                      compile time of 4, 12, 48 layers, scan and loop
+    scripts/bench.py loader --json [--context=2048 --batch=8]           from a token store to batches, every objective
     scripts/bench.py prepare --json [--megabytes=200]                   clean + dedup + tokenize; tokenizers alone
 
     --peer="PYTHON peer_torch.py"    runs the peer with the same shape, before and after, and prints the ratio
@@ -26,12 +27,15 @@ import sys
 import time
 from typing import Any
 
+import bench_data
+
 from jaxlm import lookup, program
 
 DEFAULTS = dict(
     layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128, megabytes=200
 )
 SMALL = dict(layers=6, heads=6, width=384, context=256)
+LOADER = dict(context=2048, batch=8, vocab=32_000)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
 
 
@@ -190,115 +194,15 @@ def depth(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     return dict(layers=int(layers), how=how, trace_s=round(traced, 2), compile_s=round(took - traced, 2))
 
 
-def prepare(a: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """`jaxlm prepare` on generated text with so many workers; "KIND:WORKERS" is encoding alone, beside its library."""
-    import random
-    import tempfile
-
-    from jaxlm import prepare as programs
-    from jaxlm.data import augmentation, pipeline, sources, store, tokenizers
-    from jaxlm.data.cleaning import Cleaner
-    from jaxlm.data.dedup import Dedup
-
-    docs = [document.text for document in sources.find("python-docs:").read()]
-
-    def texts():
-        rng, size, latest = random.Random(0), 0, []
-        known = [sentence for text in docs for sentence in augmentation.sentences(text) if len(sentence) > 20]
-        while size < a.megabytes * 1e6:  # a tenth are duplicates, of these a half with one sentence changed
-            parts = rng.choices(known, k=max(3, int(rng.lognormvariate(3, 0.7))))
-            if latest and rng.random() < 0.1:
-                parts = list(rng.choice(latest))
-                parts[rng.randrange(len(parts))] = rng.choice([rng.choice(known), parts[-1]])
-            latest = [*latest[-999:], parts]
-            yield "".join(parts)
-            size += len("".join(parts).encode())
-
-    kind, _, workers = variant.rpartition(":")
-    os.environ["RAYON_NUM_THREADS"] = workers  # of the library, before it first works
-    spec = dict(kind=kind or "sentencepiece", algorithm="bpe", vocab=8192)
-    if kind:
-        a.megabytes = min(a.megabytes, 40)
-        return dict(tokenizer=kind, **alone(a, tokenizers.train(docs, spec), list(texts()), int(workers)))
-
-    spent: dict[str, float] = {}
-
-    def timed(owner: Any, name: str, stage: str) -> None:
-        inner = getattr(owner, name)
-
-        def outer(*args: Any, **more: Any) -> Any:
-            begun = time.perf_counter()
-            try:
-                return inner(*args, **more)
-            finally:
-                spent[stage] = spent.get(stage, 0) + time.perf_counter() - begun
-
-        setattr(owner, name, outer)
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizers.train(docs, spec).save(f"{folder}/tok")
-        with open(f"{folder}/docs.jsonl", "w") as file:
-            file.writelines(json.dumps(dict(text=text), ensure_ascii=False) + "\n" for text in texts())
-            size = file.tell() / 1e6
-        tokenizer = dict(kind="sentencepiece", path=f"{folder}/tok/tokenizer.model")
-        if workers == "1":
-            for owner, name, stage in (
-                (Cleaner, "__call__", "clean"), (Dedup, "digest", "dedup"), (Dedup, "signature", "dedup"),
-                (pipeline, "decide", "dedup"), (pipeline, "_write_part", "dedup"),
-                (lookup.module("jaxlm.data.tokenizers", "sentencepiece").Tokenizer, "encode_batch", "tokenize"),
-                (store.Writer, "append", "write"), (store.Writer, "commit", "write"),
-            ):  # fmt: skip
-                timed(owner, name, stage)
-        begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        made = programs.prepare(
-            f"{folder}/store", dict(docs=f"jsonl:{folder}/docs.jsonl"), tokenizer, workers=int(workers),
-            clean=["unicode", "gopher"], dedup=dict(near=0.8),
-        )  # fmt: skip
-        took = time.perf_counter() - begun
-        manifest = made.manifest("docs")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dict(
-        mb=round(size), workers=int(workers), seconds=round(took, 1),
-        mb_per_s_per_core=round(size / took / int(workers), 2),
-        shares={stage: round(seconds / took, 3) for stage, seconds in spent.items()},
-        kept=manifest["splits"]["train"]["documents"], duplicates=manifest["duplicates"],
-        peak_mb=peak // 1024, before_mb=before // 1024,
-    )  # fmt: skip
-
-
-def alone(a: argparse.Namespace, tok: Any, texts: list[str], workers: int) -> dict[str, Any]:
-    """MB/s of encoding texts as `jaxlm prepare` does and as the tokenizer's library does, in turns; medians."""
-    from jaxlm.data import encode, pipeline, splits
-    from jaxlm.data.augmentation import Augmentation
-    from jaxlm.data.sources import Document
-
-    work = functools.partial(encode.encode, tok, pipeline.Pipeline.of(splits.Splitter("document", 0)).parts)
-    work = functools.partial(work, Augmentation())
-    times: dict[str, list[float]] = dict(ours=[], library=[])
-    for _ in range(a.repeats // 3):
-        begun = time.perf_counter()
-        documents = (splits.Marked(Document(text, 0, len(text)), None) for text in texts)
-        tokens = sum(len(part.tokens) for _, done in encode.ordered(work, documents, workers) for part in done.parts)
-        middle = time.perf_counter()
-        if hasattr(tok, "_processor"):
-            found = tok._processor.encode(texts, num_threads=workers)
-        else:
-            found = [encoding.ids for encoding in tok._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        times["ours"].append(middle - begun)
-        times["library"].append(time.perf_counter() - middle)
-        assert tokens == sum(map(len, found)) + len(texts) * (tok.add_bos + tok.add_eos)
-        del found
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    rates = {who: size / statistics.median(took) for who, took in times.items()}
-    ratio = rates["ours"] / rates["library"]
-    return dict(workers=workers, **{who: round(rate, 2) for who, rate in rates.items()}, ratio=round(ratio, 3))
-
-
 VARIANTS = {
-    "prepare": ["1", "2", *(f"{kind}:{workers}" for kind in ("sentencepiece", "huggingface") for workers in (1, 2))],
     "loss": ["1024", "auto"],
     "depth": [f"{how}:{layers}" for layers in (4, 12, 48) for how in ("scan", "loop")],
+    **bench_data.VARIANTS,
 }
+WHAT = dict(
+    train=train, decode=decode, loss=loss, families=families, depth=depth,
+    loader=bench_data.loader, prepare=bench_data.prepare,
+)  # fmt: skip
 
 
 def measure(a: argparse.Namespace, what: str, variant: str) -> dict[str, Any]:
@@ -330,7 +234,7 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print a line each, and the ratio to the peer's best."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "decode", "loss", "families", "depth", "prepare"])
+    parser.add_argument("what", choices=[*WHAT])
     for name in DEFAULTS:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--dtype", default="float32")
@@ -339,13 +243,12 @@ def main() -> None:
     parser.add_argument("--peer", default="")
     parser.add_argument("--peer-flags", default="--dtype=float32")
     a = parser.parse_args()
-    defaults = {**DEFAULTS, **{"decode": GPT2, "families": SMALL}.get(a.what, {})}
+    defaults = {**DEFAULTS, **{"decode": GPT2, "families": SMALL, "loader": LOADER}.get(a.what, {})}
     for name, value in defaults.items():
         if getattr(a, name) is None:
             setattr(a, name, value)
     if a.variant:
-        what = dict(train=train, decode=decode, loss=loss, families=families, depth=depth, prepare=prepare)[a.what]
-        print(json.dumps(what(a, a.variant)))
+        print(json.dumps(WHAT[a.what](a, a.variant)))
         return
     program.ask_for_huge_pages()  # as `jaxlm train` does
     before = peer(a) if a.peer else []

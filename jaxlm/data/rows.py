@@ -9,6 +9,8 @@
     batches(stream, batch=512, rows=[(0, 64)])      the first of eight hosts: its 64 of the same 512 rows
     held_out = validation(store, "docs", length=2049)
     held_out.bytes, held_out.plan.predicted         bits per byte = nats / log(2) / bytes
+    train(store, pairs=True, ...)                   each row a piece of one document, and beside it, as "other_tokens"
+                                                    and "other_segments", a piece of another document
 
 Noise (masking, span corruption) is a function of (seed, row) too: `batches(..., features=corrupt, seed=seed)`.
 """
@@ -21,9 +23,10 @@ from typing import TypeAlias, cast
 import zlib
 
 import grain
+from grain.experimental import index_shuffle
 import numpy as np
 
-from jaxlm.data.packing import PACKINGS, Plan, best_fit
+from jaxlm.data.packing import PACKINGS, Plan, alone, best_fit
 from jaxlm.data.store import Split, Store
 from jaxlm.lookup import Mistake, key, miss
 
@@ -35,28 +38,51 @@ class Rows:
     """The packed rows of one split, at random access: {"tokens", "segments"}, int32[length] each.
 
     Segments number the documents in a row from 1; 0 is padding. With `isolate=False` all documents of a row are one
-    segment: the classic GPT-2 stream, where a document sees the one before it.
+    segment: the classic GPT-2 stream, where a document sees the one before it. With `pairs`, of a plan whose rows hold
+    one piece each, a row of another document stands beside each: {"other_tokens", "other_segments"}.
     """
 
     split: Split
     plan: Plan
     isolate: bool = True
+    pairs: bool = False
     bytes: int | None = None  # UTF-8 bytes of the text that the rows cover, where they cover whole documents
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> Row:
+        return self.draw(index, np.random.default_rng(index)) if self.pairs else self._read(index)
+
+    def draw(self, index: int, rng: np.random.Generator) -> Row:
+        """A row, and beside it any of those of the other documents, each as likely as the next."""
+        first, stop = self._siblings(index)
+        other = int(rng.integers(len(self) - (stop - first)))
+        other += (stop - first) * (other >= first)
+        return self._read(index) | {f"other_{name}": value for name, value in self._read(other).items()}
+
+    def _siblings(self, index: int) -> tuple[int, int]:
+        """The rows [first, stop) of the document that this row is of; one piece a row, in the order of the stream."""
+        starts, offsets = self.plan.starts, self.split.offsets
+        document = np.searchsorted(offsets, starts[index], side="right")
+        first, stop = np.searchsorted(starts, offsets[document - 1 : document + 1])
+        return int(first), int(stop)
+
+    def _read(self, index: int) -> Row:
         starts, lengths = self.plan[index]
         row = {name: np.zeros(self.plan.length, np.int32) for name in ("tokens", "segments")}
         used = int(lengths.sum())
         row["segments"][:used] = np.repeat(np.arange(1, len(lengths) + 1), lengths) if self.isolate else 1
-        # Pieces that lie next to each other in the store are read at once.
-        gaps = np.flatnonzero(starts[1:] != starts[:-1] + lengths[:-1]) + 1
+        runs: list[list[int]] = []  # pieces that lie next to each other in the store are read at once
+        for start, length in zip(starts.tolist(), lengths.tolist()):
+            if runs and runs[-1][1] == start:
+                runs[-1][1] += length
+            else:
+                runs.append([start, start + length])
         at = 0
-        for start, length in zip(starts[np.append(0, gaps)], np.add.reduceat(lengths, np.append(0, gaps))):
-            row["tokens"][at : at + length] = self.split.read(int(start), int(start + length))
-            at += length
+        for start, stop in runs:
+            row["tokens"][at : at + stop - start] = self.split.read(start, stop)
+            at += stop - start
         return row
 
 
@@ -67,29 +93,33 @@ def train(
     seed: int,
     packing: str = "best_fit",
     isolate: bool = True,
+    pairs: bool = False,
     weights: Mapping[str, float] | None = None,
 ) -> grain.MapDataset[Row]:
     """The endless stream of training rows: element i is a pure function of (seed, i).
 
     Each source goes through its rows epoch after epoch, in a new order each time. `weights` are the sources' shares of
     all rows (to within 1 %), from the first rows on and in any stretch; without them, each has the share of its size.
-    Raises `Mistake` for a source that the store does not hold, weights without a positive one, a length below 2, or a
-    source in which there is nothing to predict.
+    With `pairs`, nothing is packed: each row is a piece of one document, with a piece of another one of its source.
+    Raises `Mistake` for a source that the store does not hold, weights without a positive one, a length below 2, a
+    source in which there is nothing to predict, or of one document where `pairs` are asked for.
     """
-    pack = key("data.packing", packing, PACKINGS)
+    pack = key("data.packing", "alone" if pairs else packing, PACKINGS)
     streams, shares = [], []
     for source in store.sources if weights is None else _positive(store, weights):
         split = store.split(source, "train")
-        rows = Rows(split, _plan(pack, store, source, split, length), isolate)
+        rows = Rows(split, _plan(pack, store, source, split, length), isolate, pairs)
+        _check_pairs(rows, store, source)
         streams.append(_epochs(rows, _fold(seed, source)))
         shares.append(len(rows) if weights is None else weights[source])
     return grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
 
 
-def validation(store: Store, source: str, *, length: int, documents: int | None = None) -> Rows:
+def validation(store: Store, source: str, *, length: int, documents: int | None = None, pairs: bool = False) -> Rows:
     """All held-out documents, whole: each token but a document's first is predicted exactly once; `bytes` are exact.
 
-    With `documents`, only that many of them, evenly spaced over the split. Raises `Mistake` as `train` does.
+    With `documents`, only that many of them, evenly spaced over the split. `pairs` and what is raised are as in
+    `train`; which row stands beside which is then always the same.
     """
     if source not in store.sources:
         raise miss(f"store {store.path}", source, store.sources)
@@ -97,8 +127,10 @@ def validation(store: Store, source: str, *, length: int, documents: int | None 
     chosen = np.arange(len(split))
     if documents is not None and documents < len(split):
         chosen = np.arange(documents) * len(split) // documents
-    plan = _plan(partial(best_fit, documents=chosen), store, source, split, length)
-    return Rows(split, plan, bytes=int(split.bytes[chosen].sum()))
+    plan = _plan(partial(alone if pairs else best_fit, documents=chosen), store, source, split, length)
+    rows = Rows(split, plan, pairs=pairs, bytes=int(split.bytes[chosen].sum()))
+    _check_pairs(rows, store, source)
+    return rows
 
 
 def batches(
@@ -125,30 +157,20 @@ def batches(
     elif features is not None:
         quiet = features
         dataset = dataset.map(lambda row: quiet(row, None))
-    local = np.concatenate([np.arange(*r) for r in rows]) if rows is not None else np.arange(batch)
-    if local.min(initial=0) < 0 or local.max(initial=0) >= batch or not len(local):
+    local = [row for r in rows for row in range(*r)] if rows is not None else list(range(batch))
+    if min(local, default=-1) < 0 or max(local) >= batch:
         raise ValueError(f"rows {rows} are not ranges within a batch of {batch}")
+    count = len(dataset)
     zeros = {name: np.zeros_like(value) for name, value in cast(Row, dataset[0]).items()}
-    wanted = _Wanted(len(dataset), batch, start_step, local.tolist())
-    chosen = grain.MapDataset.select_from_datasets([dataset, grain.MapDataset.source([zeros])], wanted)
-    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(chosen.batch(len(local)).to_iter_dataset(reading))
 
+    def stacked(step: int) -> Row:
+        first = step * batch
+        found = [cast(Row, dataset[first + row]) if first + row < count else zeros for row in local]
+        return {name: np.stack([row[name] for row in found]) for name in zeros}
 
-class _Wanted(grain.transforms.DatasetSelectionMap):
-    """Where to find the rows a host wants, batch after batch: (0, row), or (1, 0) past the end."""
-
-    def __init__(self, rows: int, batch: int, start_step: int, local: list[int]):
-        self._rows, self._batch, self._start_step, self._local = rows, batch, start_step, local
-
-    def __len__(self) -> int:
-        steps = -(-self._rows // self._batch) - self._start_step
-        return min(max(steps, 0) * len(self._local), sys.maxsize)
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        step, nth = divmod(index, len(self._local))
-        row = (self._start_step + step) * self._batch + self._local[nth]
-        return (0, row) if row < self._rows else (1, 0)
+    # A batch is made at once: each of Grain's layers costs 5 to 15 µs an element.
+    steps = grain.MapDataset.range(start_step, max(-(-count // batch), start_step)).map(stacked)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
 def _positive(store: Store, weights: Mapping[str, float]) -> list[str]:
@@ -173,18 +195,32 @@ def _plan(pack: Callable[..., Plan], store: Store, source: str, split: Split, le
     return plan
 
 
+def _check_pairs(rows: Rows, store: Store, source: str) -> None:
+    """Raise `Mistake` where pairs are asked for, and all rows are of one document."""
+    if rows.pairs and rows._siblings(0)[1] == len(rows):
+        raise Mistake(f"source {source!r} of store {store.path}: it has one document, and pairs take text of another")
+
+
 def _fold(seed: int, name: str) -> int:
     """A seed of its own for each source, and for noise, which does not change when others come or go."""
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 
 def _epochs(rows: Rows, seed: int) -> grain.MapDataset[Row]:
-    """All rows in a new order, epoch after epoch, without end."""
-    if len(rows) > 1 << 13:
-        return grain.MapDataset.source(rows).shuffle(seed).repeat()
-    # Grain's shuffle takes 8 µs a row among many, but 60 µs among 1,000 and 4 ms among 10 (its cipher has 16 bits).
+    """All rows in a new order, epoch after epoch, without end; with `pairs`, beside others each time."""
     count = len(rows)
-    return grain.MapDataset.range(sys.maxsize).map(lambda i: rows[_order(seed, i // count, count)[i % count]])
+
+    def number(index: int) -> int:
+        epoch, nth = divmod(index, count)
+        # Grain's shuffle takes 5 µs a row among many, but 60 µs among 1,000 and 4 ms among 10 (its cipher has 16 bits).
+        if count > 1 << 13:
+            return index_shuffle(nth, max_index=count - 1, seed=(seed + epoch) % 2**32, rounds=4)
+        return _order(seed, epoch, count)[nth]
+
+    endless = grain.MapDataset.range(sys.maxsize)
+    if rows.pairs:
+        return endless.map(number).random_map(rows.draw, seed=seed)
+    return endless.map(lambda index: rows[number(index)])
 
 
 @lru_cache(maxsize=32)

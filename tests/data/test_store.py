@@ -73,7 +73,9 @@ def test_a_resumed_writer_leaves_the_very_same_bytes(tmp_path, monkeypatch):
     assert len([name for name in contents(tmp_path / "killed") if "/c/" in name]) > 3
 
 
-def test_threads_and_other_processes_read_the_same(tmp_path):
+@pytest.mark.parametrize("held", [0, 1 << 20], ids=["read at random", "held decoded"])
+def test_threads_and_other_processes_read_the_same(tmp_path, monkeypatch, held):
+    monkeypatch.setattr(store, "HELD", held)
     split = make(tmp_path, [list(range(i, i + 50)) for i in range(200)]).split("docs", "train")
     again = pickle.loads(pickle.dumps(split))
     starts = list(range(0, 9_000, 97))
