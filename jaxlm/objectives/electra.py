@@ -39,7 +39,7 @@ def features(
     """An example of `mlm` in which every chosen token becomes the mask (section 2), and noise for what is drawn."""
     assert rng is not None
     example = mlm.features(row, rng, known, length, rate=rate, unit=unit, mask=1.0, random=0.0)
-    return example | {"noise": np.int32(rng.integers(1 << 31))}
+    return example | {"noise": np.asarray(rng.integers(1 << 31), np.int32)}
 
 
 def loss(

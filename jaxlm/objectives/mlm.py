@@ -176,7 +176,7 @@ def _pair(row: Arrays, rng: np.random.Generator, known: Words, length: int, *, o
     size = len(first) + len(second)
     tokens[:size], types[len(first) : size], segments[:size] = np.append(first, second), 1, 1
     told = (1 if follows else 2) if len(one) and len(two) else 0
-    return {"tokens": tokens, "segments": segments, "types": types, "follows": np.int32(told)}
+    return {"tokens": tokens, "segments": segments, "types": types, "follows": np.asarray(told, np.int32)}
 
 
 def _halves(tokens: np.ndarray, share: float, known: Words) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ PAD, CLS, SEP, MASKED = 0, 2, 3, 4
 V = 105
 KNOWN = Words(
     special_V=np.arange(V) < 5, opens_V=(np.arange(V) < 5) | (np.arange(V) % 10 == 0), closes_V=np.arange(V) < 5,
-    specials={"[MASK]": MASKED}, bos=CLS, eos=SEP, pad=PAD,
+    stops_V=np.zeros(V, bool), specials={"[MASK]": MASKED}, bos=CLS, eos=SEP, pad=PAD,
 )  # fmt: skip
 
 words_ = st.lists(st.tuples(st.integers(1, 10), st.integers(0, 9)), min_size=1, max_size=20)
