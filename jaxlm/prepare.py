@@ -2,7 +2,8 @@
 
     jaxlm prepare --config=configs/quickstart.py --config.store=data/python_docs
 
-Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so.
+Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so. The store's
+card.html tells what is in it. --show=N prints the first N rows of a finished store as the config's model gets them.
 Read `prepare` first.
 """
 
@@ -20,9 +21,9 @@ import rich.console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from jaxlm import config, program
+from jaxlm.data import card, tokenizers
 from jaxlm.data import sources as source_kinds
 from jaxlm.data import store as token_store
-from jaxlm.data import tokenizers
 from jaxlm.data.encode import dtype, encode
 from jaxlm.data.sources import Source
 from jaxlm.data.splits import Splitter
@@ -68,7 +69,9 @@ def prepare(
     for name, source in found.items():
         recipe = dict(recipes[name], tokenizer=tok.fingerprint)
         _prepare_source(root / name, source, recipe, tok, splitter, workers or _cores())
-    return token_store.open(store)
+    made = token_store.open(store)
+    card.write(made)
+    return made
 
 
 def _cores() -> int:
@@ -207,9 +210,25 @@ class _Meter:
             print(line, flush=True)
 
 
+def show(settings: Mapping[str, Any], count: int) -> None:
+    """Print the first rows that the config's model is trained on, with their noise, in colour."""
+    from jaxlm import train  # which imports jax
+    from jaxlm.data.display import LEGEND, Display
+
+    store = token_store.open(settings.get("store", ""))
+    tokenizer, console = store.tokenizer(), rich.console.Console(highlight=False)
+    display = Display(tokenizer)
+    console.print(LEGEND)
+    for number, example in enumerate(itertools.islice(train.examples(store, settings), count)):
+        console.print(f"row {number}", style="bold underline")
+        console.print(display.example(example), soft_wrap=True)
+
+
 def main(argv: list[str]) -> None:
     """Read the command line and prepare the store of a config."""
-    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0)
+    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0, show=0)
+    if args.show:
+        return show(args.config.to_dict(), args.show)
     section = args.config.get("prepare", ConfigDict()).to_dict()
     if args.workers:
         section["workers"] = args.workers

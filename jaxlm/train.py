@@ -8,7 +8,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Read `train` from
 `jaxlm.step`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import json
@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-from jaxlm import axes, lookup, program, report
+from jaxlm import axes, lookup, objectives, program, report
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
@@ -79,7 +79,9 @@ def train(
         )  # fmt: skip
         if samples and blueprint.kind == "encoder":
             raise Mistake(f"config.samples: {blueprint.name} is an encoder, which writes no text; leave them out")
-        stream, features = lookup.spend("config.data", _stream, data, tokens, task, seed=seed)
+        stream, features = lookup.spend(
+            "config.data", _stream, data, tokens, task, seed=seed, batch=batch, until=steps * batch
+        )
         held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, length=task.row)
         measure = jax.jit(lambda params, batch: task.loss(blueprint.bind(params), batch))
 
@@ -126,11 +128,11 @@ def train(
                     log.say(f"{len(given[0]):,} of {tokens.vocab:,} tokens begin with a text vector")
             local, noise = axes.local_rows(batch, grid, rules), None if task.exact else seed
             batches = rows.batches(stream, batch=batch, start_step=start, rows=local, features=features, seed=noise)
-            metrics, found, waited = {}, {}, 0.0
+            metrics, found = {}, {}
             for step in range(start + 1, steps + 1):
                 asked = time.monotonic()
                 host_batch = next(batches)
-                waited += time.monotonic() - asked
+                log.waited(time.monotonic() - asked)
                 _check(host_batch, blueprint.config.vocab, first=step == start + 1)
                 before, (state, metrics) = metrics, update(state, axes.put(host_batch, batch, grid, rules))
                 if before:  # of the step before, so that the device is never idle while the host looks
@@ -140,8 +142,8 @@ def train(
                 if step % when.log == 0 or last or stopping:
                     _note(log, metrics, step, limits.patience)
                     numbers = {key: float(value) for key, value in metrics.items()}
-                    log.train(step, numbers | {"lr": float(rate(step - 1)), "wait_s": waited})
-                    metrics, waited = {}, 0.0
+                    log.train(step, numbers | {"lr": float(rate(step - 1))})
+                    metrics = {}
                 if ((when.eval and step % when.eval == 0) or last) and not stopping:
                     found = evaluate(step)
                     stopping = stop.asked  # not a step later: the grace period runs
@@ -203,18 +205,41 @@ def _stream(
     task: Objective,
     *,
     seed: int,
-    weights: Section = None,
+    batch: int,
+    until: int,
     packing: str = "best_fit",
     isolate: bool = True,
+    weights: Section = None,
+    temperature: float | None = None,
+    cap: float | None = None,
+    epochs: Any = None,
+    schedule: Any = None,
 ) -> tuple[Any, Callable]:
     """The endless stream of training rows, and what turns a row into an example.
 
+    How the sources are mixed is said by `weights` and the options below it (`jaxlm.data.mixing.plan`; `cap` in tokens).
     With `isolate=False` documents of a row see each other, and a causal model need not know where one ends.
     """
-    stream = rows.train(store, length=task.row, seed=seed, packing=packing, isolate=isolate, weights=weights)
+    stream = rows.train(
+        store, length=task.row, seed=seed, packing=packing, isolate=isolate, batch=batch, until=until,
+        weights=weights, temperature=temperature, epochs=epochs, schedule=schedule,
+        cap=cap / task.row if isinstance(cap, int | float) else cap,
+    )  # fmt: skip
     if isolate or not task.exact:
         return stream, task.features
     return stream, lambda row, rng: {k: x for k, x in task.features(row, rng).items() if k != "segments"}
+
+
+def examples(store: Store, settings: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+    """The training examples of a config one by one, in their order and with their noise, without the model."""
+    words, seed = Words.of(store.tokenizer()), settings.get("seed", 0)
+    kind = Blueprint.of(settings.get("model") or {}, vocab=words.vocab).kind
+    task = objectives.of(settings.get("objective"), length=settings["length"], words=words, kind=kind)
+    rows_a_run = dict(batch=settings["batch"], until=settings["batch"] * settings["steps"])
+    stream, features = lookup.spend("config.data", _stream, settings.get("data"), store, task, seed=seed, **rows_a_run)
+    noise = None if task.exact else seed
+    for batch in rows.batches(stream, batch=1, features=features, seed=noise, threads=0):
+        yield {name: values[0] for name, values in batch.items()}
 
 
 def _held_out(

@@ -1,0 +1,5 @@
+"""Start it."""
+
+from tests.recording import main
+
+main()
