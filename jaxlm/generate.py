@@ -7,7 +7,8 @@
 One text streams to the terminal. A file of prompts holds one a line, or as .jsonl objects {"prompt": ...}; out come
 JSON lines in the same order, with "texts" added. Temperature 0 is greedy; --stop may be repeated. Without a prompt the
 model begins a document of its own. --forced_bos and --forced_eos are token ids, -1 for none; unless given, those that
-were published with an encoder-decoder.
+were published with an encoder-decoder. --specials=True takes the names of specials in prompts for them, and writes them
+in answers: --prompt="the <extra_id_0> of" for a model of span corruption.
 """
 
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def answers(model: lm.LM, records: list[dict[str, Any]], options: dict[str, Any]
 
 def main(argv: list[str]) -> int:
     """Stream the continuation of one prompt, or write those of a file."""
-    flags: dict[str, Any] = dict(prompt=str, prompts=str, output=str, step="newest") | OPTIONS
+    flags: dict[str, Any] = dict(prompt=str, prompts=str, output=str, step="newest", specials=False) | OPTIONS
     args = config.parse(__doc__ or "", argv, config=False, **flags)
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.prompts is not None and args.prompt is not None:
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
     if args.output and not Path(args.output).parent.is_dir():
         raise Mistake(f"--output: there is no folder {Path(args.output).parent}")
     records = [dict(prompt=args.prompt or "")] if args.prompts is None else read_prompts(args.prompts)
-    model = lm.load(args.workdir, step=args.step)
+    model = lm.load(args.workdir, step=args.step, specials=args.specials)
     if args.prompts is None and not args.output and options["num_return_sequences"] == options["beams"] == 1:
         sys.stdout.write(args.prompt or "")
         model.generate(args.prompt or "", **options, stream=lambda piece: print(piece, end="", flush=True))

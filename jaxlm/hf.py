@@ -34,6 +34,11 @@ from jaxlm import axes
 from jaxlm.lookup import Mistake
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SIZES = dict(  # as most families' config.json calls them
+    context="max_position_embeddings", layers="num_hidden_layers", width="hidden_size", heads="num_attention_heads",
+    mlp_width="intermediate_size",
+)  # fmt: skip
+KINDS = ("sliding_attention", "full_attention")  # of `layer_types`: local and global
 SHARD = 5 * 10**9  # bytes of one file, at most
 SLICE = 2**20  # numbers of a tensor to look at in one go
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -102,64 +107,41 @@ def require(config: Mapping[str, Any], **only: Any) -> None:
             )
 
 
-def read_rope(config: Mapping[str, Any], which: str | None = None) -> dict[str, Any]:
-    """`rope_base` and `rope_scaling` from a config.json, as transformers 5 writes it or older ones did; `which` of
-    several kinds of layers.
+def read_sizes(config: Mapping[str, Any], names: Mapping[str, str] = SIZES) -> dict[str, Any]:
+    """Keys of our Config from a config.json, which calls them by `names`."""
+    return {ours: config[theirs] for ours, theirs in names.items()}
+
+
+def write_sizes(c: Any, names: Mapping[str, str] = SIZES) -> dict[str, Any]:
+    """The same for export."""
+    return {theirs: getattr(c, ours) for ours, theirs in names.items()}
+
+
+def read_grouped(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`read_sizes`, and what decoders with grouped queries and RMSNorm have besides."""
+    sizes = read_sizes(config)
+    heads, width, eps = sizes["heads"], sizes["width"], config.get("rms_norm_eps", 1e-6)
+    kv_heads, head_width = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
+    return sizes | dict(kv_heads=kv_heads, head_width=head_width, norm_eps=eps)
+
+
+def write_grouped(c: Any) -> dict[str, Any]:
+    """The same for export."""
+    return write_sizes(c) | dict(num_key_value_heads=c.kv_heads, head_dim=c.head_width, rms_norm_eps=c.norm_eps)
+
+
+def read_every(config: Mapping[str, Any], default: int, at: int) -> int:
+    """How many layers from one that is global to the next, by `layer_types`, else `default`; of each so many it is the
+    first one (`at` 0) or the last (-1).
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if which in rope:
-        rope = rope[which]
-    base = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in (None, "default"):
-        return dict(rope_base=base)
-    known = dict(
-        factor="factor", low_freq="low_freq_factor", high_freq="high_freq_factor", beta_fast="beta_fast",
-        beta_slow="beta_slow", attention="attention_factor", original="original_max_position_embeddings",
-    )  # fmt: skip
-    extra = set(rope) - set(known.values()) - {"rope_theta", "rope_type", "type", "truncate"}
-    if kind not in ("linear", "llama3", "yarn") or rope.get("truncate") is False or any(rope[k] for k in extra):
-        raise Mistake(f"config.json: rope_parameters {dict(rope)} are none that jaxlm knows: linear, llama3, yarn")
-    scaling = dict(kind=kind, original=config["max_position_embeddings"] if kind == "yarn" else 0)
-    scaling |= {ours: rope[theirs] for ours, theirs in known.items() if rope.get(theirs) is not None}
-    return dict(rope_base=base, rope_scaling={k: v for k, v in scaling.items() if v is not None})
-
-
-def write_rope(c: Any) -> dict[str, Any]:
-    """The same for export, from a Config with `rope_base` and `rope_scaling`."""
-    rope: dict[str, Any] = dict(rope_theta=c.rope_base, rope_type="default")
-    if s := c.rope_scaling:
-        rope |= dict(rope_type=s.kind, factor=s.factor)
-        if s.kind != "linear":
-            rope["original_max_position_embeddings"] = s.original
-        if s.kind == "llama3":
-            rope |= dict(low_freq_factor=s.low_freq, high_freq_factor=s.high_freq)
-        if s.kind == "yarn":
-            rope |= dict(beta_fast=s.beta_fast, beta_slow=s.beta_slow, attention_factor=s.attention)
-    return dict(rope_parameters={key: value for key, value in rope.items() if value is not None})
-
-
-def attention(theirs: str, ours: str, names: str = "q_proj k_proj v_proj o_proj") -> dict[str, tuple[str, str]]:
-    """The tensors of `nn.attention.Attention` at `ours`; `names` are those of q, k, v and output at `theirs`."""
-    q, k, v, o = (f"{theirs}.{name}" for name in names.split())
-    return {
-        f"{q}.weight": (f"{ours}.wq_DNH", "(N H) D -> D N H"),
-        f"{k}.weight": (f"{ours}.wk_DKH", "(K H) D -> D K H"),
-        f"{v}.weight": (f"{ours}.wv_DKH", "(K H) D -> D K H"),
-        f"{o}.weight": (f"{ours}.wo_NHD", "D (N H) -> N H D"),
-        f"{q}.bias": (f"{ours}.bias_q_NH", "(N H) -> N H"),
-        f"{k}.bias": (f"{ours}.bias_k_KH", "(K H) -> K H"),
-        f"{v}.bias": (f"{ours}.bias_v_KH", "(K H) -> K H"),
-        f"{o}.bias": (f"{ours}.bias_D", "D -> D"),
-        f"{theirs}.q_norm.weight": (f"{ours}.q_norm.scale_H", "H -> H"),
-        f"{theirs}.k_norm.weight": (f"{ours}.k_norm.scale_H", "H -> H"),
-    }
-
-
-def norms(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """The tensors of norms with or without biases, from their names to ours."""
-    both = {f"{theirs}.weight": (f"{ours}.scale_D", "D -> D") for theirs, ours in names.items()}
-    return both | {f"{theirs}.bias": (f"{ours}.bias_D", "D -> D") for theirs, ours in names.items()}
+    kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
+    if not kinds:
+        return default
+    found = (i - at for i, kind in enumerate(kinds) if i > at and kind == KINDS[True])
+    every = next(found, max(default, layers - at))
+    if kinds != [KINDS[(i - at) % every == 0] for i in range(layers)]:
+        raise Mistake(f"config.json: layer_types {kinds} are not global at every so-manyth layer")
+    return every
 
 
 def restore(

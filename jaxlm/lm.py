@@ -20,7 +20,7 @@ import numpy as np
 from jaxlm import axes, checkpoint, hf, lookup, marks, models
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Named, Tokenizer
 from jaxlm.decode.beam import BeamSearch
 from jaxlm.decode.engine import STEPS, Engine, bucket
 from jaxlm.decode.sampling import Sampling
@@ -36,25 +36,33 @@ Function = TypeVar("Function", bound=Callable)
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
-def load(path: str, *, step: str | int = "newest", dtype: str = "auto") -> "LM":
+def load(path: str, *, step: str | int = "newest", dtype: str = "auto", specials: bool = False) -> "LM":
     """The model of a workdir, from its "newest" or "best" checkpoint or that of a step; or of a Hugging Face folder.
 
     `dtype` is what products are computed in; "auto" is what the workdir was trained in, else bfloat16 where there is an
-    accelerator. A Hugging Face folder without tokenizer files takes and gives token ids. Raises `Mistake` when the
-    folder is neither or lacks a part.
+    accelerator. With `specials`, their names in a text mean them, in prompts and in answers: "the <extra_id_0> of". A
+    Hugging Face folder without tokenizer files takes and gives token ids. Raises `Mistake` when the folder is neither
+    or lacks a part.
     """
     if hf.is_folder(path):
-        return _load_hugging_face(path, dtype)
+        return _load_hugging_face(path, dtype, specials)
     config = configs.read(path)
     tokenizer = tokenizers.load(epath.Path(path) / "tokenizer")
     dtype = str(config.get("dtype", "auto")) if dtype == "auto" else dtype
     blueprint = Blueprint.of(config.model, vocab=tokenizer.vocab, dtype=_computed(dtype))
     _, params = checkpoint.restore_params(path, blueprint.shapes, step=step)
     known = config.to_dict()
-    return LM(blueprint, params, tokenizer, config, ends=known.get("ends", ()), forced=known.get("forced", {}))
+    more = dict(ends=known.get("ends", ()), forced=known.get("forced", {}))
+    tokenizer = Named(tokenizer) if specials else tokenizer
+    return LM(blueprint, params, tokenizer, config, **more, both_ways=_both_ways(known.get("objective")))
 
 
-def _load_hugging_face(folder: str, dtype: str) -> "LM":
+def _both_ways(objective: Mapping[str, Any] | None) -> bool:
+    """Whether a decoder has learned to read what stands before its text in both directions."""
+    return (objective or {}).get("name") == "prefix"
+
+
+def _load_hugging_face(folder: str, dtype: str, specials: bool) -> "LM":
     config = hf.read_config(folder)
     section, form = models.of_hugging_face(folder, config)
     tokenizer = tokenizers.load(folder) if tokenizers.find(folder) else None
@@ -62,6 +70,7 @@ def _load_hugging_face(folder: str, dtype: str) -> "LM":
         section, vocab=section["vocab"] if tokenizer is None else tokenizer.vocab, dtype=_computed(dtype)
     )
     params = hf.restore(folder, form, blueprint.shapes, mesh=axes.mesh(devices=jax.local_devices()[:1]))
+    tokenizer = Named(tokenizer) if specials and tokenizer else tokenizer
     return LM(blueprint, params, tokenizer, **marks.read(folder)._asdict())
 
 
@@ -90,8 +99,10 @@ class LM:
 
     def __init__(
         self, blueprint: Blueprint, params: Tree, tokenizer: Tokenizer | None, config: Any = None,
-        ends: Sequence[int] = (), forced: Mapping[str, int] = {},
+        ends: Sequence[int] = (), forced: Mapping[str, int] = {}, both_ways: bool = False,
     ):  # fmt: skip
+        """`both_ways`: whether a decoder reads its prompt so, as after the objective `prefix`."""
+        self._both_ways = both_ways and blueprint.kind == "decoder"
         self.blueprint, self.params, self.config, self.forced = blueprint, params, config, forced
         self._tokenizer = tokenizer
         eos = None if tokenizer is None else tokenizer.eos
@@ -114,7 +125,8 @@ class LM:
     @functools.cached_property
     def engine(self) -> Engine:
         """What continues rows of token ids; made when first needed."""
-        return Engine(self.blueprint, self.params, self._tokenizer.vocab if self._tokenizer else None)
+        vocab = self._tokenizer.vocab if self._tokenizer else None
+        return Engine(self.blueprint, self.params, vocab, self._both_ways)
 
     @functools.cached_property
     def _beams(self) -> BeamSearch:

@@ -89,12 +89,12 @@ def _takes_rate(make: Callable) -> bool:
 
 def muon_dimensions(params: Any) -> Any:
     """Which axes of each weight make Muon's matrix: in and out, cut around the width D, one for each layer and expert;
-    None (Adam) for the rest.
+    None (Adam) for the rest: embeddings, and tables without a D, which are looked up, too.
     """
 
     def dimensions(path, x):
         letters = axes.of(axes.name_of(path)) or ""
-        if not axes.is_matrix(path) or set(letters) & set("VT"):
+        if not axes.is_matrix(path) or set(letters) & set("VT") or "D" not in letters:
             return None
         letters = letters.removeprefix("E")
         first, second = axes.cut(letters)

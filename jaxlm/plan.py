@@ -49,7 +49,8 @@ def compile_step(
     with axes.on(mesh, rules):
         given = {n: config[n] for n in names if n in config}
         parts = step.assemble(words=words, mesh=mesh, rules=rules, length=config["length"], **given)
-        row = {n: np.ones(parts.task.row, np.int32) for n in ("tokens", "segments")}
+        names = ("tokens", "segments", *(("other_tokens", "other_segments") if parts.task.pairs else ()))
+        row = {n: np.ones(parts.task.row, np.int32) for n in names}
         example, rows = parts.task.features(row, np.random.default_rng(0)), config["batch"]
         place = NamedSharding(mesh, axes.spec("B", (rows,), mesh, rules))
         batch = {n: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=place) for n, x in example.items()}

@@ -3,13 +3,18 @@
     jaxlm prepare --config=configs/quickstart.py --config.store=data/python_docs
 
 Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so. The store's
-card.html tells what is in it. --show=N prints the first N rows of a finished store as the config's model gets them.
+card.html tells what is in it. --explain (or --explain=20) shows for a sample of documents what the rules of
+`config.prepare.clean` do to each, and makes nothing; --show=N prints the first N rows of a finished store as the
+config's model gets them.
 Read `prepare` first.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import functools
+import inspect
 import itertools
+import json
 import os
 import re
 import time
@@ -22,15 +27,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from jaxlm import config, program
 from jaxlm.data import card, tokenizers
+from jaxlm.data import pipeline as pipelines
 from jaxlm.data import sources as source_kinds
 from jaxlm.data import store as token_store
+from jaxlm.data.augmentation import Augmentation, Write
+from jaxlm.data.beam import Beam
 from jaxlm.data.encode import dtype, encode
-from jaxlm.data.sources import Source
+from jaxlm.data.explain import explain
+from jaxlm.data.pipeline import Local, Pipeline, Reading, Run, Selection
 from jaxlm.data.splits import Splitter
 from jaxlm.data.store import read_json, write_json
-from jaxlm.lookup import Mistake, spend
+from jaxlm.lookup import Mistake, keywords, known, spend
 
 COMMIT = 4 << 20  # tokens between two commits: what is held in memory, and what a kill can cost
+SELECTION = "selection"  # the folder in a source's of what `jaxlm.data.pipeline` and `jaxlm.data.beam` keep meanwhile
 FORMAT = 1  # of the store; a change here asks for a new one
 
 
@@ -42,19 +52,31 @@ def prepare(
     validation: float = 0.05,
     split: str = "document",
     split_seed: int = 0,
+    clean: Sequence[str | Mapping[str, Any]] = (),
+    dedup: Mapping[str, Any] | None = None,
+    decontaminate: Mapping[str, Any] | None = None,
+    augment: Sequence[Mapping[str, Any]] = (),
     workers: int | None = None,
+    beam: str = "",
     overwrite: bool = False,
 ) -> token_store.Store:
     """Make the token store at `store` from `sources` (name -> spec), or finish it, and open it.
 
     `tokenizer` is a kind with its training options, or with the `path` of one to load; it is trained on the training
     split of all sources. `split` says what is held out for validation: whole documents ("document"), or the "tail" of
-    each (`jaxlm.data.splits`). The store is the same for every number of `workers` (processes; one for each core).
-    Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
+    each (`jaxlm.data.splits`). Each document passes the rules of `clean` (`jaxlm.data.cleaning`) and may share no run
+    of words with the sets of `decontaminate` (`jaxlm.data.contamination`); of duplicates within and across sources
+    the first stays (`dedup`: `jaxlm.data.dedup`). `augment` are rules that make further training documents
+    (`jaxlm.data.augmentation`), which the tokenizer is trained without. The store is the same for every number of
+    `workers` (processes; one for each core), and made on the machines of Apache Beam, whose options `beam` is
+    (`jaxlm.data.beam`). Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
     """
     if not store:
         raise Mistake("config.store is missing: the folder that will hold the tokens, for example data/python_docs")
-    splitter = Splitter(split, validation, split_seed)
+    pipeline = Pipeline.of(Splitter(split, validation, split_seed), clean, dedup, decontaminate)
+    augmentation = Augmentation(augment, _load)
+    local = Local(workers or _cores())
+    run = Beam(beam) if beam else local
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
     root = epath.Path(store)
     if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
@@ -63,15 +85,78 @@ def prepare(
         print(f"{store}: removed, to be made anew")
         root.rmtree()
 
-    made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed)
-    recipes = {name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found}
-    tok = _tokenizer(root / "tokenizer", dict(tokenizer), found, recipes, splitter)
-    for name, source in found.items():
-        recipe = dict(recipes[name], tokenizer=tok.fingerprint)
-        _prepare_source(root / name, source, recipe, tok, splitter, workers or _cores())
-    made = token_store.open(store)
-    card.write(made)
-    return made
+    made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed, **pipeline.recipe)
+    recipes: dict[str, dict[str, Any]] = {
+        name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found
+    }
+    order = pipeline.dedup.order(found) if pipeline.dedup else []
+    for name in found:
+        recipes[name]["after"] = order[: order.index(name)] if order else None  # whose documents win
+    readings = {name: Reading(sources[name], found[name], pipeline.splitter) for name in found}
+    chosen = _select(root, {name: readings[name] for name in order}, recipes, pipeline, run) if order else {}
+    readings = {name: reading._replace(selection=chosen.get(name)) for name, reading in readings.items()}
+    tok = _tokenizer(root / "tokenizer", dict(tokenizer), _training_texts(root, readings, pipeline, local), recipes)
+    for name, reading in readings.items():
+        recipe = dict(recipes[name], tokenizer=tok.fingerprint, augment=json.loads(json.dumps(augment)) or None)
+        _prepare_source(root / name, reading, recipe, tok, pipeline, augmentation, run)
+    for name in found:
+        (root / name / SELECTION).rmtree(missing_ok=True)
+    finished = token_store.open(store)
+    card.write(finished)
+    return finished
+
+
+def _select(
+    root: epath.Path, sources: Mapping[str, Reading], recipes: Mapping[str, dict], pipeline: Pipeline, run: Run
+) -> dict[str, Selection]:
+    """Say which documents of unfinished sources are no duplicates, of each other or of finished ones'; first wins."""
+    folders = {name: root / name / SELECTION for name in sources}
+    for name, recipe in recipes.items():
+        for stored in (root / name / "manifest.json", folders[name] / "recipe.json"):
+            if stored.exists():
+                done = read_json(stored)
+                _same(root / name, {k: done.get(k) for k in recipe}, recipe)
+    todo = [name for name in sources if not (root / name / "manifest.json").exists()]
+    if not all(pipelines.load(folders[name]) for name in todo):
+        (root / "tokenizer").mkdir(parents=True, exist_ok=True)  # this will be a token store, if it is killed before
+        for name, reading in sources.items():
+            folders[name].mkdir(parents=True, exist_ok=True)
+            if not (folders[name] / "recipe.json").exists():
+                write_json(folders[name] / "recipe.json", recipes[name])
+            with _Meter(f"{name}, duplicates", reading.source.size, 0, unit="documents") as meter:
+                for documents, characters in pipelines.look(folders[name], reading, pipeline, run):
+                    meter.advance(documents, characters)
+        pipelines.decide(list(folders.values()), pipeline)
+    return {name: selection for name in todo if (selection := pipelines.load(folders[name]))}
+
+
+def _training_texts(
+    root: epath.Path, sources: Mapping[str, Reading], pipeline: Pipeline, local: Local
+) -> Iterator[str]:
+    """The training split of all sources, cleaned."""
+    for name, reading in sources.items():  # without rules there is nothing to share out
+        for _, (pairs, _) in local(pipeline.parts, reading, root / name / SELECTION, alone=not pipeline.cleaner.rules):
+            yield from (train for train, _ in pairs if train)
+
+
+@functools.cache
+def _load(workdir: str) -> Write:
+    """An encoder-decoder that writes for `jaxlm.data.augmentation`, which knows no models."""
+    from jaxlm import lm  # here, so that preparing without it needs no jax
+
+    model = lm.load(workdir)
+    if model.blueprint.kind != "encoder-decoder":
+        raise Mistake(f"config.prepare.augment: {workdir} is of the kind {model.blueprint.kind}, no encoder-decoder")
+
+    def write(texts: list[str], copies: int, *, beams: int, max_new_tokens: int) -> list[list[str]]:
+        fits = [0 < len(model.document(text)) <= model.context for text in texts]
+        given = [text for text, fit in zip(texts, fits) if fit]
+        how: dict[str, Any] = dict(beams=beams) if beams > 1 else dict(temperature=0.0)
+        found = model.generate(given, max_new_tokens=max_new_tokens, num_return_sequences=copies, **how)
+        answers = iter([answer] if isinstance(answer, str) else answer for answer in found)
+        return [next(answers) if fit else [] for fit in fits]
+
+    return write
 
 
 def _cores() -> int:
@@ -88,13 +173,9 @@ def _checked_name(name: str) -> str:
 
 
 def _tokenizer(
-    folder: epath.Path,
-    spec: dict[str, Any],
-    sources: Mapping[str, Source],
-    recipes: Mapping[str, dict],
-    splitter: Splitter,
+    folder: epath.Path, spec: dict[str, Any], texts: Iterator[str], recipes: Mapping[str, dict]
 ) -> tokenizers.Tokenizer:
-    """The store's tokenizer: loaded, or trained on the training split of all sources and saved."""
+    """The store's tokenizer: loaded, or trained on `texts`, the training split of all sources, and saved."""
     recipe = dict(tokenizer=spec, sources=recipes)
     if (folder / "recipe.json").exists():
         stored = read_json(folder / "recipe.json")
@@ -106,7 +187,6 @@ def _tokenizer(
     if "path" in spec:
         tok = tokenizers.load(spec)
     else:
-        texts = (train for source in sources.values() for train, _ in splitter.parts(source.read()) if train)
         if (first := next(texts, None)) is None:
             specs = ", ".join(recipe["source"] for recipe in recipes.values())
             raise Mistake(f"there is no text to train a tokenizer on in {specs}")
@@ -128,11 +208,12 @@ def _same(where: epath.Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 def _prepare_source(
     folder: epath.Path,
-    source: Source,
+    reading: Reading,
     recipe: dict[str, Any],
     tok: tokenizers.Tokenizer,
-    splitter: Splitter,
-    workers: int,
+    pipeline: Pipeline,
+    augmentation: Augmentation,
+    run: Run,
 ) -> None:
     """Write one source's arrays, committing its progress as it goes, and its manifest last."""
     progress, manifest = folder / "progress.json", folder / "manifest.json"
@@ -142,29 +223,50 @@ def _prepare_source(
         progress.unlink(missing_ok=True)
         print(f"{folder.name}: already prepared, {_summary(done)}")
         return
-    state = read_json(progress) if progress.exists() else dict(recipe, read=0, splits=None)
-    _same(folder, {k: state[k] for k in recipe}, recipe)
+    state = read_json(progress) if progress.exists() else dict(recipe, read=0, splits=None, counts={})
+    _same(folder, {k: state.get(k) for k in recipe}, recipe)
+    if not run.resumes:  # from the beginning, over what is there: it is the same
+        state.update(read=0, splits=None, counts={})
     if state["read"]:
         print(f"{folder.name}: going on after {state['read']:,} documents")
 
     tally: Counter[str] = Counter()
-    texts = itertools.islice(splitter.parts(source.read(tally)), state["read"], None)
+    counts, read = Counter(state.get("counts", {})), state["read"]
     writer = token_store.Writer(str(folder), dtype(tok), state["splits"])
-    with _Meter(folder.name, source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
-        for read, parts in encode(texts, tok, workers, state["read"]):
-            for part in parts:
+    work = functools.partial(encode, tok, pipeline.parts, augmentation)
+    results = run(
+        work, reading, folder / SELECTION, tally=tally, read=read,
+        together=not augmentation.alone, alone=augmentation.by_model,
+    )  # fmt: skip
+    with _Meter(folder.name, reading.source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
+        for read, encoded in results:
+            counts.update(encoded.counts)
+            for part in encoded.parts:
                 writer.append(*part)
                 meter.advance(len(part.tokens), int(part.sizes.sum()))
             if writer.waiting >= COMMIT:
-                write_json(progress, dict(recipe, read=read, splits=writer.commit()))
-    splits = writer.commit()
+                write_json(progress, dict(recipe, read=read, splits=writer.commit(), counts=counts))
+    splits, selection = writer.commit(), reading.selection
+    copies = {k.removeprefix("copies/"): n for k, n in sorted(counts.items()) if k.startswith("copies/")}
+    report = pipeline.report(selection.counts if selection else counts, selection and selection.verdict)
     if not splits["train"]["documents"]:
         folder.rmtree()  # a source that can never be finished must not keep the others from being used
-        raise Mistake(f"{folder.name}: {recipe['source']} leaves nothing to train on (left out: {dict(tally)})")
-    if splitter.validation and not splits["validation"]["documents"]:
+        raise Mistake(
+            f"{folder.name}: {recipe['source']} leaves nothing to train on (left out: {_left_out(tally, report)})"
+        )
+    if pipeline.splitter.validation and not splits["validation"]["documents"]:
         print(f"{folder.name}: no document fell into validation; with so few, split='tail' holds out a part of each")
     cut, skipped = tally.pop("cut", 0), {fault: count for fault, count in sorted(tally.items()) if count}
-    outcome = dict(vocab=tok.vocab, licence=source.licence, splits=splits, cut=cut, skipped=skipped)
+    outcome = dict(
+        vocab=tok.vocab,
+        licence=reading.source.licence,
+        splits=splits,
+        cut=cut,
+        skipped=skipped,
+        read=read,
+        copies=copies,
+        **report,
+    )
     write_json(manifest, recipe | outcome)
     progress.unlink(missing_ok=True)
     print(f"{folder.name}: {_summary(outcome)}, {meter.rate:,.0f} tokens/s")
@@ -175,14 +277,25 @@ def _summary(manifest: Mapping[str, Any]) -> str:
         f"{split} {size['documents']:,} documents, {size['tokens']:,} tokens, {size['bytes'] / 1e6:,.2f} MB"
         for split, size in manifest["splits"].items()
     ]
-    skipped = [f"left out: {count:,} ({fault})" for fault, count in manifest["skipped"].items()]
-    return "; ".join(splits + skipped)
+    left_out = _left_out(manifest["skipped"], manifest)
+    copies = [f"{count:,} copies by {kind}" for kind, count in manifest.get("copies", {}).items()]
+    return "; ".join(splits + copies + [f"left out: {count:,} ({why})" for why, count in left_out.items()])
+
+
+def _left_out(skipped: Mapping[str, int], report: Mapping[str, Any]) -> dict[str, int]:
+    """Why documents are not in the store, and how many: unreadable, dropped by a rule, or like another."""
+    rules = {
+        f"{rule}: {why}": n for rule, did in report.get("cleaning", {}).items() for why, n in did["reasons"].items()
+    }
+    duplicates = {f"{kind} duplicate": n for kind, n in report.get("duplicates", {}).items()}
+    return {why: n for why, n in {**skipped, **rules, **duplicates}.items() if n}
 
 
 class _Meter:
     """A bar with tokens/s; a plain line every ten seconds where there is no terminal."""
 
-    def __init__(self, name: str, size: int | None, done: int):
+    def __init__(self, name: str, size: int | None, done: int, unit: str = "tokens"):
+        self._unit = unit
         self._name, self._tokens, self._begun, self._said = name, 0, time.perf_counter(), time.perf_counter()
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         console = rich.console.Console()
@@ -203,7 +316,7 @@ class _Meter:
 
     def advance(self, tokens: int, size: int) -> None:
         self._tokens += tokens
-        line = f"{self._name}: {self._tokens:,} tokens, {self.rate:,.0f} tokens/s"
+        line = f"{self._name}: {self._tokens:,} {self._unit}, {self.rate:,.0f} {self._unit}/s"
         self._bar.update(self._task, advance=size, description=line)
         if self._bar.disable and time.perf_counter() - self._said > 10:
             self._said = time.perf_counter()
@@ -219,19 +332,28 @@ def show(settings: Mapping[str, Any], count: int) -> None:
     tokenizer, console = store.tokenizer(), rich.console.Console(highlight=False)
     display = Display(tokenizer)
     console.print(LEGEND)
-    for number, example in enumerate(itertools.islice(train.examples(store, settings), count)):
+    wanted = {key: settings[key] for key in keywords(train.examples) if key in settings}
+    examples = spend("config", train.examples, wanted, store)
+    for number, example in enumerate(itertools.islice(examples, count)):
         console.print(f"row {number}", style="bold underline")
         console.print(display.example(example), soft_wrap=True)
 
 
 def main(argv: list[str]) -> None:
     """Read the command line and prepare the store of a config."""
-    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0, show=0)
+    argv = ["--explain=20" if flag == "--explain" else flag for flag in argv]
+    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0, explain=0, show=0, beam="")
     if args.show:
         return show(args.config.to_dict(), args.show)
     section = args.config.get("prepare", ConfigDict()).to_dict()
+    if args.explain:
+        known("config.prepare", section, inspect.signature(prepare).parameters)
+        wanted = {k: section[k] for k in ("sources", "clean", "decontaminate") if k in section}
+        return spend("config.prepare", explain, wanted, count=args.explain)
     if args.workers:
         section["workers"] = args.workers
+    if args.beam:
+        section["beam"] = args.beam
     spend("config.prepare", prepare, section, args.config.get("store", ""), overwrite=args.overwrite)
 
 

@@ -32,6 +32,7 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import rows, vectors
 from jaxlm.data.store import Store
 from jaxlm.data.store import open as open_store
+from jaxlm.data.tokenizers import Named
 from jaxlm.data.words import Words
 from jaxlm.lm import LM
 from jaxlm.log import Log, lines, setup
@@ -82,7 +83,7 @@ def train(
         stream, features = lookup.spend(
             "config.data", _stream, data, tokens, task, seed=seed, batch=batch, until=steps * batch
         )
-        held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, length=task.row)
+        held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, task)
         measure = jax.jit(lambda params, batch: task.loss(blueprint.bind(params), batch))
 
         def evaluate(step: int) -> dict[str, float]:
@@ -158,7 +159,8 @@ def train(
             checkpoints.wait()
             found = found or evaluate(steps)
             if samples and log.writes and jax.process_count() == 1:
-                lm = LM(blueprint, state["ema" if ema else "params"], tokens.tokenizer(), None)
+                named, both_ways = Named(tokens.tokenizer()), task.name == "prefix"
+                lm = LM(blueprint, state["ema" if ema else "params"], named, None, both_ways=both_ways)
                 lookup.spend("config.samples", _sample, samples, lm, workdir, steps)
         if log.writes:
             _summarise(workdir, blueprint, found)
@@ -221,8 +223,8 @@ def _stream(
     With `isolate=False` documents of a row see each other, and a causal model need not know where one ends.
     """
     stream = rows.train(
-        store, length=task.row, seed=seed, packing=packing, isolate=isolate, batch=batch, until=until,
-        weights=weights, temperature=temperature, epochs=epochs, schedule=schedule,
+        store, length=task.row, seed=seed, packing=packing, isolate=isolate, pairs=task.pairs, batch=batch,
+        until=until, weights=weights, temperature=temperature, epochs=epochs, schedule=schedule,
         cap=cap / task.row if isinstance(cap, int | float) else cap,
     )  # fmt: skip
     if isolate or not task.exact:
@@ -230,24 +232,30 @@ def _stream(
     return stream, lambda row, rng: {k: x for k, x in task.features(row, rng).items() if k != "segments"}
 
 
-def examples(store: Store, settings: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+def examples(
+    store: Store, *, model: Section, steps: int, batch: int, length: int, seed: int = 0, objective: Section = None,
+    data: Section = None,
+) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
     """The training examples of a config one by one, in their order and with their noise, without the model."""
-    words, seed = Words.of(store.tokenizer()), settings.get("seed", 0)
-    kind = Blueprint.of(settings.get("model") or {}, vocab=words.vocab).kind
-    task = objectives.of(settings.get("objective"), length=settings["length"], words=words, kind=kind)
-    rows_a_run = dict(batch=settings["batch"], until=settings["batch"] * settings["steps"])
-    stream, features = lookup.spend("config.data", _stream, settings.get("data"), store, task, seed=seed, **rows_a_run)
+    words = Words.of(store.tokenizer())
+    kind = Blueprint.of(model or {}, vocab=words.vocab).kind
+    task = objectives.of(objective, length=length, words=words, kind=kind)
+    more = dict(seed=seed, batch=batch, until=steps * batch)
+    stream, features = lookup.spend("config.data", _stream, data, store, task, **more)
     noise = None if task.exact else seed
-    for batch in rows.batches(stream, batch=1, features=features, seed=noise, threads=0):
-        yield {name: values[0] for name, values in batch.items()}
+    for one in rows.batches(stream, batch=1, features=features, seed=noise, threads=0):
+        yield {name: values[0] for name, values in one.items()}
 
 
 def _held_out(
-    store: Store, *, length: int, documents: int | None = None, sources: list[str] | None = None
+    store: Store, task: Objective, *, documents: int | None = None, sources: list[str] | None = None
 ) -> dict[str, rows.Rows]:
     """The validation rows of each source that has any; `documents` bounds how many of each."""
     named = [s for s in store.sources if len(store.split(s, "validation"))] if sources is None else sources
-    return {source: rows.validation(store, source, length=length, documents=documents) for source in named}
+    return {
+        source: rows.validation(store, source, length=task.row, documents=documents, pairs=task.pairs)
+        for source in named
+    }
 
 
 def _measure(
@@ -286,7 +294,7 @@ def _measure(
 
 def _check(batch: Mapping[str, np.ndarray], vocab: int, *, first: bool) -> None:
     """Raise `Mistake` for ids that the model does not know, or a first batch in which nothing is to be predicted."""
-    for name in ("tokens", "labels"):
+    for name in {"tokens", "decoder_tokens", "labels"} & batch.keys():
         low, high = int(batch[name].min()), int(batch[name].max())
         if low < 0 or high >= vocab:
             raise Mistake(f"batch: {name} go from {low} to {high}, but the model's vocabulary has {vocab} entries")
@@ -310,7 +318,10 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
 def _sample(
     lm: LM, workdir: str, step: int, *, prompts: list[str], tokens: int = 64, temperature: float = 0.8, seed: int = 0
 ) -> None:
-    """Continue each prompt and leave the texts in samples.jsonl, for the report."""
+    """Continue each prompt and leave the texts in samples.jsonl, for the report.
+
+    A prompt may name specials ("the <extra_id_0> of"); an encoder-decoder reads it as a text of its own.
+    """
     texts = lm.generate(list(prompts), max_new_tokens=tokens, temperature=temperature, seed=seed)
     samples = [dict(step=step, prompt=prompt, text=text) for prompt, text in zip(prompts, texts)]
     (Path(workdir) / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))

@@ -7,6 +7,7 @@
     scripts/bench.py families --json [--layers=6 --width=384 ...]       forward + backward of every family, one shape
     scripts/bench.py depth  --json                                      compile time of 4, 12, 48 layers, scan and loop
     scripts/bench.py loader --json [--context=2048 --batch=8]           from a token store to batches, every objective
+    scripts/bench.py prepare --json [--megabytes=200]                   clean + dedup + tokenize; tokenizers alone
 
     --peer="PYTHON peer_torch.py"    runs the peer with the same shape, before and after, and prints the ratio
 
@@ -26,9 +27,13 @@ import sys
 import time
 from typing import Any
 
+import bench_data
+
 from jaxlm import lookup, program
 
-DEFAULTS = dict(layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128)
+DEFAULTS = dict(
+    layers=4, heads=4, width=128, context=64, batch=12, vocab=65, repeats=15, prompt=32, new=128, megabytes=200
+)
 SMALL = dict(layers=6, heads=6, width=384, context=256)
 LOADER = dict(context=2048, batch=8, vocab=32_000)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
@@ -189,92 +194,15 @@ def depth(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     return dict(layers=int(layers), how=how, trace_s=round(traced, 2), compile_s=round(took - traced, 2))
 
 
-def _write_store(folder: str, vocab: int) -> None:
-    """48 M random tokens in two sources, of documents of about 650 and of 4,900 tokens."""
-    import numpy as np
-
-    from jaxlm.data import store
-
-    rng = np.random.default_rng(0)
-    for source, size in dict(short=6, long=8).items():
-        writer = store.Writer(f"{folder}/{source}", "uint16")
-        for _ in range(24):
-            lengths = np.clip(rng.lognormal(size, 1, 1 << 14).astype(int), 2, 1 << 15)
-            lengths = lengths[np.cumsum(lengths) <= 1 << 20]
-            tokens = (rng.zipf(1.3, lengths.sum()) % vocab).astype(np.uint16)
-            writer.append("train", tokens, lengths, 4 * lengths)
-            splits = writer.commit()
-        store.write_json(f"{folder}/{source}/manifest.json", dict(splits=splits, vocab=vocab))
-
-
-def loader(a: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """Batches from a store of 48 M tokens in two sources, packed by best fit; and where the time of a row goes (µs).
-
-    `held`: decoded in memory, as splits of that size are; `disk`: from compressed chunks, as larger ones are, of which
-    the cache holds two thirds.
-    """
-    import itertools
-    import tempfile
-
-    import numpy as np
-
-    from jaxlm import objectives
-    from jaxlm.data import rows
-    from jaxlm.data import store as stores
-    from jaxlm.data.words import Words
-
-    name, where, threads = variant.split(":")
-    kind = lookup.module("jaxlm.objectives", name).KINDS[0]
-    task = objectives.of(dict(name=name), length=a.context, words=Words.of_size(a.vocab), kind=kind)
-    stores.HELD = stores.HELD if where == "held" else 0
-    with tempfile.TemporaryDirectory() as folder:
-        _write_store(folder, a.vocab)
-        stream = rows.train(store := stores.open(folder), length=task.row, seed=0)
-        count = max(256, (1 << 23) // a.context)  # rows
-
-        def cost(what) -> float:
-            for i in range(32):
-                what(i)
-            start = time.process_time()
-            for i in range(count):
-                what(i)
-            return round((time.process_time() - start) / count * 1e6, 1)
-
-        split, noise = store.split("short", "train"), np.random.default_rng(0)
-        packed = rows.Rows(split, rows.best_fit(split.offsets, task.row))
-        some = [packed[i] for i in range(64)]
-        spent = dict(
-            read=cost(lambda i: split.read(i * task.row, (i + 1) * task.row)),
-            row=cost(lambda i: packed[i * 7919 % len(packed)]),
-            stream=cost(lambda i: stream[i]),
-            features=cost(lambda i: task.features(some[i % 64], noise)),
-        )
-        seed = None if task.exact else 0
-        batches = rows.batches(stream, batch=a.batch, features=task.features, seed=seed, threads=int(threads))
-        for _ in itertools.islice(batches, 8):
-            pass
-        start, cpu, steps = time.perf_counter(), time.process_time(), count // a.batch
-        for _ in itertools.islice(batches, steps):
-            pass
-        took, cpu = (time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps
-    return dict(
-        objective=name, store=where, threads=int(threads), context=a.context, batch=a.batch,
-        tokens_per_s=round(a.batch * a.context / took), rows_per_s=round(a.batch / took),
-        batch_ms=round(took * 1e3, 3), batch_cpu_ms=round(cpu * 1e3, 3), row_us=spent,
-    )  # fmt: skip
-
-
 VARIANTS = {
-    "loader": [
-        f"{name}:{where}:{threads}"
-        for name in lookup.names("jaxlm.objectives")
-        for where in ("held", "disk")
-        for threads in (0, 1, 4)
-    ],
     "loss": ["1024", "auto"],
     "depth": [f"{how}:{layers}" for layers in (4, 12, 48) for how in ("scan", "loop")],
+    **bench_data.VARIANTS,
 }
-WHAT = dict(train=train, decode=decode, loss=loss, families=families, depth=depth, loader=loader)
+WHAT = dict(
+    train=train, decode=decode, loss=loss, families=families, depth=depth,
+    loader=bench_data.loader, prepare=bench_data.prepare,
+)  # fmt: skip
 
 
 def measure(a: argparse.Namespace, what: str, variant: str) -> dict[str, Any]:
@@ -290,7 +218,8 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
     """The peer's lines for the same shape, in the environment of its own users: without our setting of malloc."""
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     what = {"train": "speed", "decode": "decode"}[a.what]
-    names = DEFAULTS if what == "decode" else [n for n in DEFAULTS if n not in ("prompt", "new")]
+    others = ("megabytes",) if what == "decode" else ("megabytes", "prompt", "new")
+    names = [name for name in DEFAULTS if name not in others]
     shape = [f"--{name}={getattr(a, name)}" for name in names]
     done = subprocess.run(
         [*a.peer.split(), what, *shape, *a.peer_flags.split()],

@@ -36,6 +36,18 @@ def test_one_prompt_is_continued_on_the_terminal(workdir, capsys):
     assert capsys.readouterr().out == f"one{text}\n"
 
 
+def test_specials_are_taken_by_their_names_where_that_is_asked_for(workdir, capsys):
+    flags = [f"--workdir={workdir}", "--prompt=one</s>", "--temperature=0", "--max_new_tokens=4"]
+    tokenizer, texts = lm.load(workdir, step="newest").tokenizer, {}
+    for asked in (True, False):
+        assert generate.main([*flags, f"--specials={asked}"]) == 0
+        texts[asked] = capsys.readouterr().out
+    ids = [tokenizer.bos, *tokenizer.encode("one"), tokenizer.eos]
+    new = lm.load(workdir, step="newest").generate(ids, temperature=0, max_new_tokens=4)[0]
+    assert texts[True] == f"one</s>{tokenizers.Named(tokenizer).decode(new)}\n"
+    assert texts[False] != texts[True]
+
+
 def test_a_file_of_prompts_is_answered_in_order_and_whatever_the_batch(workdir, tmp_path):
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     file.write_text("".join(json.dumps(dict(id=i, prompt=prompt)) + "\n" for i, prompt in enumerate(PROMPTS)))

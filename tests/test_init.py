@@ -69,7 +69,7 @@ ROWS = {
     "bert": Row({"name": "bert"}, {".*": 0.02}, logits=tied),
     # arXiv:2412.13663, section 2.2: as Megatron, which is GPT-2's way (arXiv:1909.08053, section 4.2).
     "modernbert": Row(
-        {"name": "bert", "modern": True, "types": 0, "pooled": False, "next": False},
+        {"name": "modernbert"},
         {r"embed_VD|.*\.(w[qkv]_D[NK]H|(gate|up)_DF|w_DD)": 0.02, r".*\.(wo_NHD|down_FD)": residual},
         logits=tied,
     ),

@@ -48,14 +48,14 @@ decoders = pytest.mark.parametrize("name", DECODERS, indirect=True, scope="modul
 
 def read(model, tokens_BT, segments_BT=None, **where):
     """Logits; an encoder-decoder writes about a row what stands in it."""
-    if importlib.import_module(type(model).__module__).KIND == "encoder-decoder":
+    if importlib.import_module(type(model.config).__module__).KIND == "encoder-decoder":
         return model(tokens_BT, tokens_BT, segments_BS=segments_BT, segments_BT=segments_BT, **where)[0]
     return model(tokens_BT, segments_BT=segments_BT, **where)[0]
 
 
 def objective(model, batch):
     """A loss over all tokens that have a weight: the next token, or for an encoder any label."""
-    if importlib.import_module(type(model).__module__).KIND == "decoder":
+    if importlib.import_module(type(model.config).__module__).KIND == "decoder":
         return clm.loss(model, batch).loss
     logits_BTV = read(model, batch["tokens"], segments_BT=batch["segments"])
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["labels"][..., None], -1)[..., 0]
@@ -317,6 +317,7 @@ PUBLISHED = {  # millions of parameters, with the vocabulary of each
     "mixtral": (32000, {"8x7b": 46_703, "8x22b": 140_621}),
     "rnn": (10_000, {"lstm-medium": 19.8, "lstm-large": 66.0}),
     "bert": (30522, {"bert-base": 110, "bert-large": 336, "distilbert-base": 67}),
+    "modernbert": (50368, {"modernbert-base": 149, "modernbert-large": 395}),
     "t5": (32128, {"t5-small": 60.5, "t5-base": 223, "t5-large": 738, "t5-11b": 11_307, "t5-1.1-xxl": 11_135}),
 }
 

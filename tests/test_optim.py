@@ -57,6 +57,11 @@ def test_muon_turns_each_layers_matrices_and_leaves_embeddings_to_adam():
     assert spectrum.max() / spectrum.min() < 3, "a step is near orthogonal, layer by layer"
 
 
+def test_muon_leaves_a_table_of_biases_by_distance_to_adam():
+    """Turned, it would move by a fifth of the learning rate a step, and T5 would learn no distances."""
+    assert optim.muon_dimensions({"bias": {"table_CN": jnp.ones((32, 6))}})["bias"]["table_CN"] is None
+
+
 def test_muon_turns_each_experts_matrices():
     dimensions = optim.muon_dimensions({"moe": {"up_EDF": jnp.ones((2, 5, 8, 12)), "down_EFD": jnp.ones((5, 12, 8))}})
     assert dimensions["moe"]["up_EDF"] == optax.contrib.MuonDimensionNumbers((2,), (3,)), "neither layer nor expert"

@@ -3,10 +3,11 @@
     offsets = [0, 5, 12, 15]       three documents: AAAAA BBBBBBB CCC
     split(offsets, 6)              AAAAAB BBBBBB BCCC..    a row starts with the last token of the row before it
     best_fit(offsets, 6)           BBBBBB AAAAA. BBCCC.    only B, which fits no row, is cut, and one token repeated
+    alone(offsets, 6)              AAAAA. BBBBBB BB.... CCC...    the same pieces, each in a row of its own
     best_fit(offsets, 6)[2]        ([10, 12], [2, 3])      where a row's pieces start in the stream, and their lengths
     best_fit(offsets, 6).padding   2 / 18                  the share of all places that hold no token
 
-Both keep one promise: every token but the first of its document is, in exactly one row, preceded by its predecessor.
+All keep one promise: every token but the first of its document is, in exactly one row, preceded by its predecessor.
 So each is predicted exactly once an epoch.
 """
 
@@ -65,8 +66,20 @@ def split(offsets: np.ndarray, length: int) -> Plan:
 def best_fit(offsets: np.ndarray, length: int, documents: np.ndarray | None = None) -> Plan:
     """Cut only documents longer than a row; each piece, the longest first, goes to the row with the least room for it.
 
-    Best-fit-decreasing as in arXiv:2404.10830. `offsets` is int64[documents + 1], `length` at least 2, `documents` the
-    indices of those to pack (all). Documents of fewer than two tokens predict nothing and are left out.
+    Best-fit-decreasing as in arXiv:2404.10830; the arguments are those of `alone`.
+    """
+    pieces = alone(offsets, length, documents)
+    row, rows = _best_fit_decreasing(pieces.lengths, length)
+    order = np.argsort(row, kind="stable")
+    first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
+    return Plan(length, pieces.starts[order], pieces.lengths[order], first)
+
+
+def alone(offsets: np.ndarray, length: int, documents: np.ndarray | None = None) -> Plan:
+    """Cut documents longer than a row, and give each piece a row of its own, in the order of the stream.
+
+    `offsets` is int64[documents + 1], `length` at least 2, `documents` the indices of those to pack (all), rising.
+    Documents of fewer than two tokens predict nothing and are left out.
     """
     begins, ends = offsets[:-1], offsets[1:]
     if documents is not None:
@@ -76,10 +89,7 @@ def best_fit(offsets: np.ndarray, length: int, documents: np.ndarray | None = No
     nth = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
     starts = begins[document] + nth * (length - 1)
     lengths = np.minimum(ends[document] - starts, length).astype(np.int32)
-    row, rows = _best_fit_decreasing(lengths, length)
-    order = np.argsort(row, kind="stable")
-    first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
-    return Plan(length, starts[order], lengths[order], first)
+    return Plan(length, starts, lengths, np.arange(len(starts) + 1))
 
 
 def _best_fit_decreasing(lengths: np.ndarray, length: int) -> tuple[np.ndarray, int]:
@@ -119,4 +129,4 @@ def _best_fit_decreasing(lengths: np.ndarray, length: int) -> tuple[np.ndarray, 
     return row, rows
 
 
-PACKINGS = {"best_fit": best_fit, "split": split}
+PACKINGS = {"best_fit": best_fit, "split": split, "alone": alone}

@@ -9,6 +9,8 @@
     batches(stream, batch=512, rows=[(0, 64)])      the first of eight hosts: its 64 of the same 512 rows
     held_out = validation(store, "docs", length=2049)
     held_out.bytes, held_out.plan.predicted         bits per byte = nats / log(2) / bytes
+    train(store, pairs=True, ...)                   each row a piece of one document, and beside it, as "other_tokens"
+                                                    and "other_segments", a piece of another document
 
 Noise (masking, span corruption) is a function of (seed, row) too: `batches(..., features=corrupt, seed=seed)`.
 """
@@ -25,7 +27,7 @@ from grain.experimental import index_shuffle
 import numpy as np
 
 from jaxlm.data.mixing import plan
-from jaxlm.data.packing import PACKINGS, Plan, best_fit
+from jaxlm.data.packing import PACKINGS, Plan, alone, best_fit
 from jaxlm.data.store import Split, Store
 from jaxlm.lookup import Mistake, key, miss
 
@@ -37,18 +39,37 @@ class Rows:
     """The packed rows of one split, at random access: {"tokens", "segments"}, int32[length] each.
 
     Segments number the documents in a row from 1; 0 is padding. With `isolate=False` all documents of a row are one
-    segment: the classic GPT-2 stream, where a document sees the one before it.
+    segment: the classic GPT-2 stream, where a document sees the one before it. With `pairs`, of a plan whose rows hold
+    one piece each, a row of another document stands beside each: {"other_tokens", "other_segments"}.
     """
 
     split: Split
     plan: Plan
     isolate: bool = True
+    pairs: bool = False
     bytes: int | None = None  # UTF-8 bytes of the text that the rows cover, where they cover whole documents
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> Row:
+        return self.draw(index, np.random.default_rng(index)) if self.pairs else self._read(index)
+
+    def draw(self, index: int, rng: np.random.Generator) -> Row:
+        """A row, and beside it any of those of the other documents, each as likely as the next."""
+        first, stop = self._siblings(index)
+        other = int(rng.integers(len(self) - (stop - first)))
+        other += (stop - first) * (other >= first)
+        return self._read(index) | {f"other_{name}": value for name, value in self._read(other).items()}
+
+    def _siblings(self, index: int) -> tuple[int, int]:
+        """The rows [first, stop) of the document that this row is of; one piece a row, in the order of the stream."""
+        starts, offsets = self.plan.starts, self.split.offsets
+        document = np.searchsorted(offsets, starts[index], side="right")
+        first, stop = np.searchsorted(starts, offsets[document - 1 : document + 1])
+        return int(first), int(stop)
+
+    def _read(self, index: int) -> Row:
         starts, lengths = self.plan[index]
         row = {name: np.zeros(self.plan.length, np.int32) for name in ("tokens", "segments")}
         used = int(lengths.sum())
@@ -67,21 +88,31 @@ class Rows:
 
 
 def train(
-    store: Store, *, length: int, seed: int, packing: str = "best_fit", isolate: bool = True, **mixing: Any
+    store: Store,
+    *,
+    length: int,
+    seed: int,
+    packing: str = "best_fit",
+    isolate: bool = True,
+    pairs: bool = False,
+    **mixing: Any,
 ) -> grain.MapDataset[Row]:
     """The endless stream of training rows: element i is a pure function of (seed, i).
 
     Each source goes through its rows epoch after epoch, in a new order each time; how they take turns is said by the
-    options of `jaxlm.data.mixing.plan`: without any, each has the share of its size. Raises `Mistake` for those that
-    are wrong, for a source that the store does not hold, a length below 2, or a source in which there is nothing to
-    predict.
+    options of `jaxlm.data.mixing.plan`: without any, each has the share of its size. With `pairs`, nothing is packed:
+    each row is a piece of one document, with a piece of another one of its source. Raises `Mistake` for wrong options,
+    for a source that the store does not hold, a length below 2, a source in which there is nothing to predict, or of
+    one document where `pairs` are asked for.
     """
-    pack = key("data.packing", packing, PACKINGS)
+    pack = key("data.packing", "alone" if pairs else packing, PACKINGS)
 
     @cache
     def rows(source: str) -> Rows:
         split = store.split(source, "train")
-        return Rows(split, _plan(pack, store, source, split, length), isolate)
+        found = Rows(split, _plan(pack, store, source, split, length), isolate, pairs)
+        _check_pairs(found, store, source)
+        return found
 
     mixture = plan(store.sources, lambda source: len(rows(source)), **mixing)
     endless = {source: _epochs(rows(source), _fold(seed, source)) for source in mixture.names}
@@ -93,10 +124,11 @@ def train(
     return grain.MapDataset.range(sys.maxsize).map(row)
 
 
-def validation(store: Store, source: str, *, length: int, documents: int | None = None) -> Rows:
+def validation(store: Store, source: str, *, length: int, documents: int | None = None, pairs: bool = False) -> Rows:
     """All held-out documents, whole: each token but a document's first is predicted exactly once; `bytes` are exact.
 
-    With `documents`, only that many of them, evenly spaced over the split. Raises `Mistake` as `train` does.
+    With `documents`, only that many of them, evenly spaced over the split. `pairs` and what is raised are as in
+    `train`; which row stands beside which is then always the same.
     """
     if source not in store.sources:
         raise miss(f"store {store.path}", source, store.sources)
@@ -104,8 +136,10 @@ def validation(store: Store, source: str, *, length: int, documents: int | None 
     chosen = np.arange(len(split))
     if documents is not None and documents < len(split):
         chosen = np.arange(documents) * len(split) // documents
-    plan = _plan(partial(best_fit, documents=chosen), store, source, split, length)
-    return Rows(split, plan, bytes=int(split.bytes[chosen].sum()))
+    plan = _plan(partial(alone if pairs else best_fit, documents=chosen), store, source, split, length)
+    rows = Rows(split, plan, pairs=pairs, bytes=int(split.bytes[chosen].sum()))
+    _check_pairs(rows, store, source)
+    return rows
 
 
 def batches(
@@ -158,23 +192,32 @@ def _plan(pack: Callable[..., Plan], store: Store, source: str, split: Split, le
     return plan
 
 
+def _check_pairs(rows: Rows, store: Store, source: str) -> None:
+    """Raise `Mistake` where pairs are asked for, and all rows are of one document."""
+    if rows.pairs and rows._siblings(0)[1] == len(rows):
+        raise Mistake(f"source {source!r} of store {store.path}: it has one document, and pairs take text of another")
+
+
 def _fold(seed: int, name: str) -> int:
     """A seed of its own for each source, and for noise, which does not change when others come or go."""
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 
 def _epochs(rows: Rows, seed: int) -> grain.MapDataset[Row]:
-    """All rows in a new order, epoch after epoch, without end."""
+    """All rows in a new order, epoch after epoch, without end; with `pairs`, beside others each time."""
     count = len(rows)
 
-    def row(index: int) -> Row:
+    def number(index: int) -> int:
         epoch, nth = divmod(index, count)
         # Grain's shuffle takes 5 µs a row among many, but 60 µs among 1,000 and 4 ms among 10 (its cipher has 16 bits).
         if count > 1 << 13:
-            return rows[index_shuffle(nth, max_index=count - 1, seed=(seed + epoch) % 2**32, rounds=4)]
-        return rows[_order(seed, epoch, count)[nth]]
+            return index_shuffle(nth, max_index=count - 1, seed=(seed + epoch) % 2**32, rounds=4)
+        return _order(seed, epoch, count)[nth]
 
-    return grain.MapDataset.range(sys.maxsize).map(row)
+    endless = grain.MapDataset.range(sys.maxsize)
+    if rows.pairs:
+        return endless.map(number).random_map(rows.draw, seed=seed)
+    return endless.map(lambda index: rows[number(index)])
 
 
 @lru_cache(maxsize=32)

@@ -26,11 +26,13 @@ class Words:
     special_V: np.ndarray
     opens_V: np.ndarray  # the piece begins with a sign that is no letter, digit or part of one: a blank, a comma
     closes_V: np.ndarray  # it ends with one
+    stops_V: np.ndarray  # a sentence may end with it: a full stop, a question or exclamation mark, blanks aside
     specials: Mapping[str, int]
     bos: int | None
     eos: int | None
     pad: int  # what fills up a row; where the tokenizer has none, 0
     known: bool = True
+    tokenizer: Tokenizer | None = None  # to spell a part of a token
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Words":
@@ -39,12 +41,23 @@ class Words:
         special = np.asarray([not piece for piece in pieces])
         opens = np.asarray([not piece or not inside(piece[0]) for piece in pieces])
         closes = np.asarray([not piece or not inside(piece[-1]) for piece in pieces])
-        return cls(special, opens, closes, tokenizer.specials, tokenizer.bos, tokenizer.eos, tokenizer.pad or 0)
+        stops = np.asarray([piece.rstrip().endswith((".", "?", "!")) for piece in pieces])
+        return cls(
+            special,
+            opens,
+            closes,
+            stops,
+            tokenizer.specials,
+            tokenizer.bos,
+            tokenizer.eos,
+            tokenizer.pad or 0,
+            tokenizer=tokenizer,
+        )
 
     @classmethod
     def of_size(cls, vocab: int) -> "Words":
         """Stands in for a tokenizer that is not at hand, where shapes alone matter: every special sought is there."""
-        return cls(*np.zeros((3, vocab), bool), specials={}, bos=0, eos=0, pad=0, known=False)
+        return cls(*np.zeros((4, vocab), bool), specials={}, bos=0, eos=0, pad=0, known=False)
 
     @property
     def vocab(self) -> int:

@@ -73,7 +73,7 @@ class BeamSearch:
         stop_V = self._engine.mark(stop)
         wide = min(1 + max(1, int(stop_V.sum())), len(stop_V)) * beams  # so many that enough of them do not end at once
         found = self._search(
-            self._engine.decoding, rows, how.rows(len(rows.done_B)), stop_V,
+            self._engine.decoding(len(rows.done_B)), rows, how.rows(len(rows.done_B)), stop_V,
             np.float32(length_penalty), np.int32(patience), beams=beams, wide=wide,
         )  # fmt: skip
         tokens, lengths, scores = jax.device_get((found.tokens, found.lengths, found.scores))
@@ -89,7 +89,7 @@ class BeamSearch:
         ]
 
     def _run(self, params, rows: State, how, stop_V, penalty, patience, *, beams, wide) -> Beams:
-        model = self._engine.blueprint.bind(params)
+        model, table = self._engine.blueprint.bind(params[0]), params[1]
         R, S = rows.tokens_BS.shape
         B, V = R // beams, len(stop_V)
         first_B1 = jnp.arange(B)[:, None] * beams
@@ -97,7 +97,7 @@ class BeamSearch:
         def grow(found: Beams) -> Beams:
             rows = found.rows
             at_B = rows.lengths_B
-            logits_BV, cache = read(model, rows.cache, rows.tokens_BS[jnp.arange(R), at_B - 1])
+            logits_BV, cache = read(model, rows.cache, rows.tokens_BS[jnp.arange(R), at_B - 1], table)
             logits_BV = jax.nn.log_softmax(logits_BV)[:, :V]  # ids that no token has keep their share, as when trained
             where = (rows.prompts_B, at_B, rows.limits_B)
             logits_BV = sampling.constrain(logits_BV, rows.tokens_BS, *where, stop_V, how)

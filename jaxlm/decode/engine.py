@@ -64,19 +64,24 @@ def settle(params: Tree) -> Tree:
     return jax.tree.map(lambda x: x if len(x.devices()) > 1 else jax.device_put(x, *x.devices()), params)
 
 
-def read(model: Any, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after one more token of each row, and the cache that holds it."""
+def read(model: Any, cache: Cache, token_B: jax.Array, table: Any = None) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after one more token of each row, and the cache that holds it; `table` replaces the head's."""
     x_BTD, cache = model.hidden(token_B[:, None], cache=cache)
-    return model.head(x_BTD)[:, 0], cache
+    head = model.head if table is None else model.head._replace(table_VD=table)
+    return head(x_BTD)[:, 0], cache
 
 
 class Engine:
-    """A model ready to continue rows with token ids below `vocab`; `traces` counts how often a program was traced."""
+    """A model ready to continue rows with token ids below `vocab`; `traces` counts how often a program was traced.
 
-    def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None):
+    A decoder that learned to read prefixes `both_ways` reads its prompts so.
+    """
+
+    def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None, both_ways: bool = False):
+        self.both_ways = both_ways
         self.blueprint, self.params, self.vocab = blueprint, settle(params), vocab or blueprint.config.vocab
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
-        self.decoding = weights.lay(self.params, blueprint.config.dtype) if self.in_a_row else self.params
+        self._laid: tuple[bool, Tree] | None = None
         self.traces = dict(prefill=0, decode=0)
         self.prefill = jax.jit(self._prefill, static_argnames="slots")
         self.decode = jax.jit(self._decode, donate_argnames="state")
@@ -97,8 +102,9 @@ class Engine:
         stop_V = self.mark(stop)
         how, halted = how.rows(len(state.done_B)), np.zeros(len(state.done_B), bool)
         first = shown = jax.device_get(state.prompts_B)
+        params = self.decoding(len(state.done_B))
         while True:
-            state = self.decode(self.decoding, state, halted, how, stop_V, np.int32(steps))
+            state = self.decode(params, state, halted, how, stop_V, np.int32(steps))
             tokens, lengths, done = jax.device_get((state.tokens_BS, state.lengths_B, state.done_B))
             for row in range(count) if watch else ():
                 new = tokens[row, shown[row] : lengths[row]].tolist()
@@ -106,6 +112,17 @@ class Engine:
             if (done | halted).all():
                 return [tokens[row, first[row] : lengths[row]].tolist() for row in range(count)]
             shown = lengths
+
+    def decoding(self, rows: int) -> tuple[Tree, Any]:
+        """The parameters as so many rows are decoded with, and the head's table where it has a layout of its own."""
+        if not self.in_a_row:
+            return self.params, None
+        single, dtype = rows == 1, self.blueprint.config.dtype
+        if self._laid is None or self._laid[0] != single:
+            self._laid = None  # before the other is made: they are as large as the model
+            table = weights.head(self.blueprint.bind(self.params).head.table_VD, dtype, single=single)
+            self._laid = single, (weights.lay(self.params, dtype, single=single), table)
+        return self._laid[1]
 
     def mark(self, tokens: Iterable[int]) -> np.ndarray:
         """Which ids are among `tokens`: booleans [V]."""
@@ -153,7 +170,9 @@ class Engine:
             cache = model.remember(model.empty_cache(B, slots), memory_BTD, real_BT)
             tokens_BS, lengths_B = jnp.full((B, slots), self.blueprint.config.start), jnp.ones_like(lengths_B)
         else:
-            cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots))[1]
+            real_BT = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
+            where = dict(prefix_BT=real_BT) if self.both_ways else {}
+            cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots), **where)[1]
             tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, slots - T)))
         cache = dataclasses.replace(cache, lengths_B=lengths_B - 1)  # the last token is read by the first step
         if origin_B is not None:
@@ -166,7 +185,7 @@ class Engine:
     def _decode(self, params, state: State, halted_B, how: Sampling, stop_V, steps) -> State:
         self.traces["decode"] += 1
         state = dataclasses.replace(state, done_B=state.done_B | halted_B)
-        model = self.blueprint.bind(params)
+        model, table = self.blueprint.bind(params[0]), params[1]
         row_B = jnp.arange(len(state.done_B))
 
         def unfinished(carry):
@@ -176,7 +195,7 @@ class Engine:
         def extend(carry):
             state, step = carry
             tokens_BS, at_B, held = state.tokens_BS, state.lengths_B, state.cache.lengths_B
-            logits_BV, cache = read(model, state.cache, tokens_BS[row_B, at_B - 1])
+            logits_BV, cache = read(model, state.cache, tokens_BS[row_B, at_B - 1], table)
             where = (state.prompts_B, at_B, state.limits_B)
             logits_BV = sampling.constrain(logits_BV[:, : self.vocab], tokens_BS, *where, stop_V, how)
             token_B = sampling.choose(logits_BV, jax.vmap(jax.random.fold_in)(state.key_B, at_B), how)

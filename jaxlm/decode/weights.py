@@ -4,26 +4,29 @@
 
 A scan copies each layer's weight out of the stack before it uses it, which triples the time of a token. And a product
 with one row reads a matrix a third faster along what it contracts: a token of GPT-2 124M, a sixth. In the dtype that
-products are computed in, bfloat16 is half as much to read.
+products are computed in, bfloat16 is half as much to read; for a single row `Paired` reads it as fast as memory can.
 """
 
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import axes
 from jaxlm.models import Tree
-from jaxlm.nn.linear import Turned
+from jaxlm.nn.linear import PAIRS, Paired, Turned
 
 
-def lay(params: Tree, dtype: Any) -> Tree:
+def lay(params: Tree, dtype: Any, *, single: bool = False) -> Tree:
     """The decoder blocks' parameters as tuples of L arrays, their weights turned and in `dtype`, for layers that stand
     in a row.
 
-    On one device the weights are copies and all else views; arrays on several devices are split by layer alone.
+    On one device the weights are copies and all else views; arrays on several devices are split by layer alone. With
+    `single`, bfloat16 weights are for products with one row, and for no others.
     """
+    single = single and jnp.dtype(dtype) == jnp.bfloat16
 
     def split(path: tuple, x: jax.Array) -> Any:
         keys = [key.key for key in path]
@@ -36,11 +39,31 @@ def lay(params: Tree, dtype: Any) -> Tree:
         if not inner:
             return tuple(jax.device_put(layer, device) for layer in np.asarray(x))
         outer = x.shape[1 + inner :]
+        if single:
+            return tuple(pair(layer.reshape(-1, math.prod(outer)), device, outer) for layer in np.asarray(x))
         matrices = (layer.reshape(-1, math.prod(outer)).T for layer in np.asarray(x))
         turned = (np.ascontiguousarray(matrix.astype(dtype, copy=False)) for matrix in matrices)
         return tuple(Turned(jax.device_put(matrix, device), outer) for matrix in turned)
 
     return jax.tree_util.tree_map_with_path(split, params)
+
+
+def head(table_VD: jax.Array, dtype: Any, *, single: bool = False) -> Paired | None:
+    """The table of a model's head for one row, where `lay` changes weights for it; else None."""
+    if not single or jnp.dtype(dtype) != jnp.bfloat16 or len(table_VD.devices()) > 1:
+        return None
+    (device,) = table_VD.devices()
+    return pair(np.asarray(table_VD).T, device, table_VD.shape[:1])
+
+
+def pair(matrix: np.ndarray, device: Any, outer: tuple[int, ...]) -> Paired:
+    """A matrix [inner, outer] with two rows in each uint32."""
+    at_once = 2 * PAIRS
+    groups = -(-len(matrix) // at_once)
+    bits = np.zeros((groups * at_once, matrix.shape[1]), np.uint32)
+    bits[: len(matrix)] = matrix.astype(jnp.bfloat16).view(np.uint16)
+    pairs = bits[0::2] | bits[1::2] << np.uint32(16)
+    return Paired(jax.device_put(pairs.reshape(groups, PAIRS, -1), device), outer)
 
 
 def _contracted(name: str) -> int:

@@ -1,6 +1,6 @@
 """BART: an encoder and a decoder that learn to repair damaged text (arXiv:1910.13461); many a summariser is one.
 
-Read `Model.__call__` first, `Block` second; the rest is `jaxlm.nn`.
+Read `Model` first, `Stack` and `Block` second; the rest is `jaxlm.nn`, where `Pair` says how both work together.
 """
 
 from collections.abc import Mapping, Set
@@ -11,19 +11,17 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm import axes, hf
 from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
-from jaxlm.nn import positions
+from jaxlm.nn import tables
 from jaxlm.nn.attention import Attention
-from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import Head, dropout, embed, normal, zeros
-from jaxlm.nn.mask import Mask, across
-from jaxlm.nn.mlp import MLP
+from jaxlm.nn.linear import dropout, embed, normal, zeros
+from jaxlm.nn.mlp import GELU, MLP
 from jaxlm.nn.norms import LayerNorm
-from jaxlm.nn.stack import scan, stacked
+from jaxlm.nn.pair import Pair, through
+from jaxlm.nn.stack import stacked
 
 KIND = "encoder-decoder"
 SKIPPED = 2  # rows of the position tables that no token uses
@@ -69,8 +67,7 @@ class Block(nnx.Module):
         )  # fmt: skip
         self.attn, self.norm1 = attention(), LayerNorm(c.width, EPS)
         self.cross, self.cross_norm = (attention(), LayerNorm(c.width, EPS)) if decoder else (None, None)
-        gelu = functools.partial(jax.nn.gelu, approximate=False)
-        self.mlp = MLP(c.width, c.mlp_width, gelu, std=0.02, out_std=0.02, rngs=rngs)
+        self.mlp = MLP(c.width, c.mlp_width, GELU, std=0.02, out_std=0.02, rngs=rngs)
         self.norm2 = LayerNorm(c.width, EPS)
         self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
 
@@ -98,79 +95,24 @@ class Stack(nnx.Module):
         self.blocks = stacked(lambda rngs: Block(c, decoder=decoder, rngs=rngs), layers, rngs)
 
     @shaped
-    def __call__(self, x_BTD, positions_BT, mask, memory_BSD=None, cross_mask=None, cache=None, key=None):
-        c, n = self.config, self.layers
+    def __call__(self, x_BTD, positions_BT, mask, memory=None, cache=None, key=None):
+        c = self.config
         longest = x_BTD.shape[1] if cache is None else cache.slots
         if c.context < longest:
             raise Mistake(f"bart: {longest} positions, but only config.model.context={c.context} were learned")
-        keys = [None] * 2 if key is None else [jax.random.fold_in(key, n), jax.random.split(key, n)]
-        kv = None if cache is None else cache.cross
-
-        def step(block, carry, extra):
-            layer, key, kv = extra
-            cross = None
-            if block.cross is not None:
-                cross = (*(block.cross.keys_values(memory_BSD) if kv is None else kv), cross_mask)
-            return block(carry[0], mask, cross, carry[1], layer, key)
-
         x_BTD = x_BTD * (c.width**0.5 if c.scaled else 1.0) + embed(self.positions_TD, positions_BT + SKIPPED)
-        x_BTD = axes.constrain(dropout(self.norm(x_BTD, jnp.float32), c.dropout, keys[0]), "BTD")
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (np.arange(n), keys[1], kv), remat=c.remat)
+        first = None if key is None else jax.random.fold_in(key, self.layers)
+        x_BTD = axes.constrain(dropout(self.norm(x_BTD, jnp.float32), c.dropout, first), "BTD")
+        x_BTD, cache = through(self.blocks, self.layers, x_BTD, mask, memory, cache, key, remat=c.remat)
         return x_BTD.astype(c.dtype), cache
 
 
-class Model(nnx.Module):
+def Model(c: Config, *, rngs: nnx.Rngs) -> Pair:
     """Token ids to what the decoder writes about them."""
-
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        self.config = c
-        self.embed_VD = normal(rngs, c.vocab, c.width, std=0.02)
-        self.encoder = Stack(c, c.layers, decoder=False, rngs=rngs)
-        self.decoder = Stack(c, c.decoder_layers or c.layers, decoder=True, rngs=rngs)
-        self.bias_V = zeros(c.vocab) if c.bias else None
-
-    @property
-    def head(self) -> Head:
-        return Head(self.embed_VD[...], None if self.bias_V is None else self.bias_V[...])
-
-    @shaped
-    def encode(self, tokens_BS, *, segments_BS=None, key=None):
-        """The encoder's states [B, S, D]; padding has segment 0. A `key` means dropout."""
-        mask = Mask(causal=False, segments_BT=segments_BS)
-        where = positions.of(tokens_BS, segments_BS)
-        return self.encoder(embed(self.embed_VD, tokens_BS), where, mask, key=key)[0]
-
-    @shaped
-    def hidden(
-        self, tokens_BT, *, memory_BSD=None, segments_BT=None, memory_segments_BS=None, cache=None, key=None
-    ):  # fmt: skip
-        """The decoder's final hidden states [B, T, D], and the cache, if one is given, with T more tokens.
-
-        `memory_BSD` is what `encode` gave; a cache from `remember` holds it already.
-        """
-        x_BTD, cache = self.decoder(
-            embed(self.embed_VD, tokens_BT), positions.of(tokens_BT, segments_BT, cache), Mask(segments_BT=segments_BT),
-            memory_BSD, across(segments_BT, memory_segments_BS if cache is None else cache.real_BS), cache, key,
-        )  # fmt: skip
-        return x_BTD, cache and cache.grow(tokens_BT.shape[1])
-
-    @shaped
-    def __call__(self, tokens_BS, decoder_BT, *, segments_BS=None, segments_BT=None, key=None):
-        """Logits [B, T, V] in float32 of what follows each of the decoder's tokens, and None."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        memory_BSD = self.encode(tokens_BS, segments_BS=segments_BS, key=keys[0])
-        where = dict(memory_BSD=memory_BSD, segments_BT=segments_BT, memory_segments_BS=segments_BS)
-        return self.head(self.hidden(decoder_BT, **where, key=keys[1])[0]), None
-
-    def empty_cache(self, batch: int, slots: int) -> Cache:
-        """Room for `slots` tokens of the decoder in each of `batch` rows; `remember` what it reads about."""
-        c = self.config
-        return Cache.empty(c.decoder_layers or c.layers, batch, c.heads, slots, c.head_width, jnp.dtype(c.dtype))
-
-    @shaped
-    def remember(self, cache: Cache, memory_BSD, real_BS) -> Cache:
-        """The cache with every layer's keys and values of the encoder's states; `real_BS` is 0 for padding."""
-        return cache.remember(self.decoder.blocks, memory_BSD, real_BS)
+    embed_VD = normal(rngs, c.vocab, c.width, std=0.02)
+    encoder = Stack(c, c.layers, decoder=False, rngs=rngs)
+    decoder = Stack(c, c.decoder_layers or c.layers, decoder=True, rngs=rngs)
+    return Pair(c, embed_VD, encoder, decoder, bias_V=zeros(c.vocab) if c.bias else None)
 
 
 SIZES = {"bart-base": dict(layers=6, width=768, heads=12, mlp_width=3072), "bart-large": {}}
@@ -199,18 +141,15 @@ def _write(c: Config) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _stack(side: str) -> dict[str, tuple[str, str]]:
+def _stack(side: str) -> tables.Table:
     theirs, layer, ours = f"model.{side}", f"model.{side}.layers.{{i}}", f"{side}.blocks"
     parts = "q_proj k_proj v_proj out_proj"
     return {
         f"{theirs}.embed_positions.weight": (f"{side}.positions_TD", "T D -> T D"),
-        **hf.attention(f"{layer}.self_attn", f"{ours}.attn", parts),
-        **hf.attention(f"{layer}.encoder_attn", f"{ours}.cross", parts),
-        f"{layer}.fc1.weight": (f"{ours}.mlp.up_DF", "F D -> D F"),
-        f"{layer}.fc1.bias": (f"{ours}.mlp.bias_F", "F -> F"),
-        f"{layer}.fc2.weight": (f"{ours}.mlp.down_FD", "D F -> F D"),
-        f"{layer}.fc2.bias": (f"{ours}.mlp.bias_D", "D -> D"),
-        **hf.norms({
+        **tables.attention(f"{layer}.self_attn", f"{ours}.attn", parts),
+        **tables.attention(f"{layer}.encoder_attn", f"{ours}.cross", parts),
+        **tables.mlp(f"{layer}.fc1", f"{layer}.fc2", f"{ours}.mlp"),
+        **tables.norms({
             f"{theirs}.layernorm_embedding": f"{side}.norm", f"{layer}.self_attn_layer_norm": f"{ours}.norm1",
             f"{layer}.encoder_attn_layer_norm": f"{ours}.cross_norm", f"{layer}.final_layer_norm": f"{ours}.norm2",
         }),

@@ -1,14 +1,12 @@
 """BERT: an encoder that sees both sides, with heads for masked tokens and for the next sentence (arXiv:1810.04805).
 
-RoBERTa (arXiv:1907.11692) and DistilBERT (arXiv:1910.01108) differ in settings. ModernBERT (arXiv:2412.13663) is
-`modern`: norms in front, rotary positions, gated MLPs, no biases, and two local layers after each global one.
+RoBERTa (arXiv:1907.11692) and DistilBERT (arXiv:1910.01108) differ in settings alone.
 
-Read `Model.hidden` first, `Block` and `ModernBlock` second; the rest is `jaxlm.nn`.
+Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
 """
 
 from collections.abc import Mapping, Set
 import dataclasses
-import functools
 from typing import Any
 
 from flax import nnx
@@ -18,11 +16,12 @@ import jax.numpy as jnp
 from jaxlm import axes, hf
 from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
-from jaxlm.nn import positions
+from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.linear import Head, dense, dropout, embed, normal, zeros
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.mlp import MLP, GatedMLP
+from jaxlm.nn.masked import transformed
+from jaxlm.nn.mlp import GELU, MLP, Dense
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import scan, stacked
 
@@ -33,8 +32,7 @@ KIND = "encoder"
 class Config:
     """Sizes and choices; the defaults are BERT-base's.
 
-    Drawn by 0.02; Google's code for BERT also cuts at two standard deviations, which transformers does not. ModernBERT
-    is drawn as by Megatron (arXiv:1909.08053): what is added to the residual stream by 0.02 / sqrt(2 layers).
+    Drawn by 0.02; Google's code for BERT also cuts at two standard deviations, which transformers does not.
     """
 
     vocab: int
@@ -49,11 +47,6 @@ class Config:
     masked: bool = True  # the head that predicts masked tokens
     pooled: bool = True  # the first token's state through a layer of its own
     next: bool = True  # the head that tells from it whether the second sentence follows the first
-    modern: bool = False
-    window: int = 128  # of modern's local layers: so many tokens around each
-    every: int = 3  # modern: each so-manyth layer is global, the first one too
-    rope_base: float = 160_000.0
-    rope_base_local: float = 10_000.0
     dropout: float = 0.0
     attention: str = "auto"
     remat: str = "none"
@@ -64,15 +57,10 @@ class Config:
             raise Mistake(f"config.model: width={self.width} is no multiple of heads={self.heads}")
         if self.next and not self.pooled:
             raise Mistake("config.model: next=True reads the pooled state; set pooled=True too")
-        if self.modern and (self.types or self.skipped or self.pooled):
-            raise Mistake("config.model: modern=True has no token types, no position table and no pooled state")
 
     @property
     def head_width(self) -> int:
         return self.width // self.heads
-
-
-GELU = functools.partial(jax.nn.gelu, approximate=False)
 
 
 class Block(nnx.Module):
@@ -87,47 +75,13 @@ class Block(nnx.Module):
         self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
 
     @shaped
-    def __call__(self, x_BTD, segments_BT, key, kind):
+    def __call__(self, x_BTD, mask, key=None):
         keys = (None, None) if key is None else jax.random.split(key)
-        y_BTD, _ = self.attn(x_BTD.astype(self.dtype), Mask(causal=False, segments_BT=segments_BT))
+        y_BTD, _ = self.attn(x_BTD.astype(self.dtype), mask)
         x_BTD = self.norm1(x_BTD + dropout(y_BTD, self.dropout, keys[0]), jnp.float32)
         y_BTD = self.mlp(x_BTD.astype(self.dtype))
         x_BTD = self.norm2(x_BTD + dropout(y_BTD, self.dropout, keys[1]), jnp.float32)
         return axes.constrain(x_BTD, "BTD")
-
-
-class ModernBlock(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the first layer's input is normed already."""
-
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        out_std = 0.02 * (2 * c.layers) ** -0.5
-        self.attn = Attention(
-            c.width, c.heads, c.heads, c.head_width, backend=c.attention, std=0.02, out_std=out_std, rngs=rngs
-        )
-        self.mlp = GatedMLP(c.width, c.mlp_width, GELU, std=0.02, out_std=out_std, rngs=rngs)
-        self.norm1 = LayerNorm(c.width, c.norm_eps, bias=False)
-        self.norm2 = LayerNorm(c.width, c.norm_eps, bias=False)
-        self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
-
-    @shaped
-    def __call__(self, x_BTD, segments_BT, key, kind):
-        first, window, angles = kind
-        keys = (None, None) if key is None else jax.random.split(key)
-        y_BTD = x_BTD.astype(self.dtype) if first else self.norm1(x_BTD, self.dtype)
-        y_BTD, _ = self.attn(y_BTD, Mask(causal=False, window=window, segments_BT=segments_BT), angles)
-        x_BTD = axes.constrain(x_BTD + dropout(y_BTD, self.dropout, keys[0]), "BTD")
-        y_BTD = self.mlp(self.norm2(x_BTD, self.dtype))
-        return axes.constrain(x_BTD + dropout(y_BTD, self.dropout, keys[1]), "BTD")
-
-
-class Dense(nnx.Module):
-    """A square layer."""
-
-    def __init__(self, width: int, *, bias: bool = True, rngs: nnx.Rngs):
-        self.w_DD, self.bias_D = normal(rngs, width, width, std=0.02), zeros(width) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return dense(x, self.w_DD, self.bias_D)
 
 
 class Model(nnx.Module):
@@ -136,14 +90,12 @@ class Model(nnx.Module):
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
         self.config = c
         self.embed_VD = normal(rngs, c.vocab, c.width, std=0.02)
-        self.positions_TD = None if c.modern else normal(rngs, c.context + c.skipped, c.width, std=0.02)
+        self.positions_TD = normal(rngs, c.context + c.skipped, c.width, std=0.02)
         self.types_CD = normal(rngs, c.types, c.width, std=0.02) if c.types else None
-        self.norm = LayerNorm(c.width, c.norm_eps, bias=not c.modern)
-        block = ModernBlock if c.modern else Block
-        self.blocks = stacked(lambda rngs: block(c, rngs=rngs), c.layers, rngs)
-        self.last = LayerNorm(c.width, c.norm_eps, bias=False) if c.modern else None
-        self.transform = Dense(c.width, bias=not c.modern, rngs=rngs) if c.masked else None
-        self.transform_norm = LayerNorm(c.width, c.norm_eps, bias=not c.modern) if c.masked else None
+        self.norm = LayerNorm(c.width, c.norm_eps)
+        self.blocks = stacked(lambda rngs: Block(c, rngs=rngs), c.layers, rngs)
+        self.transform = Dense(c.width, rngs=rngs) if c.masked else None
+        self.transform_norm = LayerNorm(c.width, c.norm_eps) if c.masked else None
         self.bias_V = zeros(c.vocab) if c.masked else None
         self.pooler = Dense(c.width, rngs=rngs) if c.pooled else None
         self.next_DC = normal(rngs, c.width, 2, std=0.02) if c.next else None
@@ -164,23 +116,13 @@ class Model(nnx.Module):
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT)
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
-        x_BTD = embed(self.embed_VD, tokens_BT)
-        if self.positions_TD is not None:
-            x_BTD += embed(self.positions_TD, positions_BT + c.skipped)
+        x_BTD = embed(self.embed_VD, tokens_BT) + embed(self.positions_TD, positions_BT + c.skipped)
         if self.types_CD is not None:
             x_BTD += embed(self.types_CD, jnp.zeros_like(tokens_BT) if types_BT is None else types_BT)
         x_BTD = axes.constrain(dropout(self.norm(x_BTD, jnp.float32), c.dropout, keys[0]), "BTD")
-        rotary = lambda base: positions.angles(positions_BT, c.head_width, base)  # noqa: E731
-        wide, near = (rotary(c.rope_base), rotary(c.rope_base_local)) if c.modern else (None, None)
-
-        def step(block, x_BTD, key, kind):
-            first, is_global = kind
-            how = (first, None, wide) if is_global else (first, c.window // 2 + 1, near)
-            return block(x_BTD, segments_BT, key, how)
-
-        kinds = [(c.modern and i == 0, not c.modern or i % c.every == 0) for i in range(c.layers)]
-        x_BTD = scan(self.blocks, x_BTD, step, keys[1], remat=c.remat, kinds=kinds)
-        return (x_BTD if self.last is None else self.last(x_BTD, jnp.float32)).astype(c.dtype), None
+        mask = Mask(causal=False, segments_BT=segments_BT)
+        x_BTD = scan(self.blocks, x_BTD, lambda block, x_BTD, key: block(x_BTD, mask, key), keys[1], remat=c.remat)
+        return x_BTD.astype(c.dtype), None
 
     @shaped
     def __call__(self, tokens_BT, **where):
@@ -190,9 +132,7 @@ class Model(nnx.Module):
     @shaped
     def for_head(self, x_BTD):
         """What the head for masked tokens reads: hidden states through a layer and a norm of their own."""
-        if self.transform is None or self.transform_norm is None:
-            raise Mistake("this model has no head for masked tokens (config.model.masked=False)")
-        return self.transform_norm(GELU(self.transform(x_BTD)), x_BTD.dtype)
+        return transformed(x_BTD, self.transform, self.transform_norm)
 
     @shaped
     def pool(self, x_BTD):
@@ -209,31 +149,23 @@ class Model(nnx.Module):
         return dense(pooled_BD, self.next_DC, self.next_C).astype(jnp.float32)
 
 
+_LARGE = dict(layers=24, width=1024, heads=16, mlp_width=4096)
+_ROBERTA = dict(types=1, skipped=2, norm_eps=1e-5, pooled=False, next=False)
 SIZES = {
     "bert-base": {},
-    "bert-large": dict(layers=24, width=1024, heads=16, mlp_width=4096),
-    "roberta-base": dict(context=512, types=1, skipped=2, norm_eps=1e-5, pooled=False, next=False),
-    "roberta-large": dict(
-        layers=24, width=1024, heads=16, mlp_width=4096, types=1, skipped=2, norm_eps=1e-5, pooled=False, next=False
-    ),
+    "bert-large": _LARGE,
+    "roberta-base": _ROBERTA,
+    "roberta-large": _LARGE | _ROBERTA,
     "distilbert-base": dict(layers=6, types=0, pooled=False, next=False),
-    "modernbert-base": dict(
-        context=8192, layers=22, mlp_width=1152, types=0, norm_eps=1e-5, pooled=False, next=False, modern=True
-    ),
-    "modernbert-large": dict(
-        context=8192, layers=28, width=1024, heads=16, mlp_width=2624, types=0, norm_eps=1e-5, pooled=False,
-        next=False, modern=True,
-    ),
-}  # fmt: skip
+}
 
 
 def _read_bert(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, hidden_act="gelu", position_embedding_type="absolute", is_decoder=False)
     skipped = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
-    return dict(
+    return hf.read_sizes(config) | dict(
         context=config["max_position_embeddings"] - skipped, skipped=skipped, types=config["type_vocab_size"],
-        layers=config["num_hidden_layers"], width=config["hidden_size"], heads=config["num_attention_heads"],
-        mlp_width=config["intermediate_size"], norm_eps=config["layer_norm_eps"],
+        norm_eps=config["layer_norm_eps"],
         masked=any(name.endswith(("cls.predictions.bias", "lm_head.bias")) for name in names),
         pooled=any("pooler.dense" in name for name in names), next=any("seq_relationship" in name for name in names),
     )  # fmt: skip
@@ -243,62 +175,26 @@ def _write_bert(c: Config) -> dict[str, Any]:
     if not c.types:
         raise Mistake("it has token types, one at least")
     padding = dict(pad_token_id=c.skipped - 1) if c.skipped else {}  # RoBERTa's positions count from there
-    return padding | dict(
-        max_position_embeddings=c.context + c.skipped,
-        type_vocab_size=c.types, num_hidden_layers=c.layers, hidden_size=c.width, num_attention_heads=c.heads,
-        intermediate_size=c.mlp_width, layer_norm_eps=c.norm_eps, hidden_act="gelu",
-    )  # fmt: skip
+    sizes = hf.write_sizes(c) | dict(max_position_embeddings=c.context + c.skipped)
+    return padding | sizes | dict(type_vocab_size=c.types, layer_norm_eps=c.norm_eps, hidden_act="gelu")
+
+
+_DISTILLED_SIZES = dict(
+    context="max_position_embeddings", layers="n_layers", width="dim", heads="n_heads", mlp_width="hidden_dim"
+)
 
 
 def _read_distilbert(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, activation="gelu")
-    return dict(
-        context=config["max_position_embeddings"], types=0, layers=config["n_layers"], width=config["dim"],
-        heads=config["n_heads"], mlp_width=config["hidden_dim"], norm_eps=1e-12,
-        masked="vocab_projector.bias" in names, pooled=False, next=False,
-    )  # fmt: skip
+    own = dict(types=0, norm_eps=1e-12, pooled=False, next=False, masked="vocab_projector.bias" in names)
+    return hf.read_sizes(config, _DISTILLED_SIZES) | own
 
 
 def _write_distilbert(c: Config) -> dict[str, Any]:
-    return dict(
-        max_position_embeddings=c.context, n_layers=c.layers, dim=c.width, n_heads=c.heads, hidden_dim=c.mlp_width,
-        activation="gelu",
-    )  # fmt: skip
+    return hf.write_sizes(c, _DISTILLED_SIZES) | dict(activation="gelu")
 
 
-def _read_modernbert(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
-    hf.require(config, hidden_activation="gelu", classifier_activation="gelu", attention_bias=False, mlp_bias=False)
-    hf.require(config, norm_bias=False, classifier_bias=False, decoder_bias=True)
-    kinds = config.get("layer_types") or []
-    every = config.get("global_attn_every_n_layers", 3)
-    if kinds:
-        every = next((i for i, kind in enumerate(kinds[1:], 1) if kind == "full_attention"), max(every, len(kinds)))
-        if kinds != [("sliding_attention", "full_attention")[i % every == 0] for i in range(len(kinds))]:
-            raise Mistake(f"config.json: layer_types {kinds} are not global at every so-manyth layer")
-    wide, near = (hf.read_rope(config, which)["rope_base"] for which in ("full_attention", "sliding_attention"))
-    if "global_rope_theta" in config:
-        wide = config["global_rope_theta"]
-        near = config.get("local_rope_theta") or wide
-    return dict(
-        context=config["max_position_embeddings"], types=0, layers=config["num_hidden_layers"],
-        width=config["hidden_size"], heads=config["num_attention_heads"], mlp_width=config["intermediate_size"],
-        norm_eps=config["norm_eps"], masked="decoder.bias" in names, pooled=False, next=False, modern=True,
-        window=config["local_attention"], every=every, rope_base=wide, rope_base_local=near,
-    )  # fmt: skip
-
-
-def _write_modernbert(c: Config) -> dict[str, Any]:
-    rope = lambda base: dict(rope_theta=base, rope_type="default")  # noqa: E731
-    kinds = ["full_attention" if i % c.every == 0 else "sliding_attention" for i in range(c.layers)]
-    return dict(
-        max_position_embeddings=c.context, num_hidden_layers=c.layers, hidden_size=c.width,
-        num_attention_heads=c.heads, intermediate_size=c.mlp_width, norm_eps=c.norm_eps, local_attention=c.window,
-        global_attn_every_n_layers=c.every, layer_types=kinds, hidden_activation="gelu",
-        rope_parameters=dict(full_attention=rope(c.rope_base), sliding_attention=rope(c.rope_base_local)),
-    )  # fmt: skip
-
-
-def _tensors(body: str, layer: str, names: str) -> dict[str, tuple[str, str]]:
+def _tensors(body: str, layer: str, names: str) -> tables.Table:
     """The encoder's tensors; `names` are those of the layer's parts, in the order below."""
     *attention, norm1, up, down, norm2 = names.split()
     norm1, up, down, norm2 = (f"{layer}.{name}" for name in (norm1, up, down, norm2))
@@ -308,24 +204,13 @@ def _tensors(body: str, layer: str, names: str) -> dict[str, tuple[str, str]]:
         f"{body}.embeddings.token_type_embeddings.weight": ("types_CD", "C D -> C D"),
         f"{body}.pooler.dense.weight": ("pooler.w_DD", "out D -> D out"),
         f"{body}.pooler.dense.bias": ("pooler.bias_D", "D -> D"),
-        **hf.attention(layer, "blocks.attn", " ".join(attention)),
-        f"{up}.weight": ("blocks.mlp.up_DF", "F D -> D F"),
-        f"{up}.bias": ("blocks.mlp.bias_F", "F -> F"),
-        f"{down}.weight": ("blocks.mlp.down_FD", "D F -> F D"),
-        f"{down}.bias": ("blocks.mlp.bias_D", "D -> D"),
+        **tables.attention(layer, "blocks.attn", " ".join(attention)),
+        **tables.mlp(up, down, "blocks.mlp"),
     }
-    return table | hf.norms({f"{body}.embeddings.LayerNorm": "norm", norm1: "blocks.norm1", norm2: "blocks.norm2"})
+    return table | tables.norms({f"{body}.embeddings.LayerNorm": "norm", norm1: "blocks.norm1", norm2: "blocks.norm2"})
 
 
-def _head(dense: str, norm: str, bias: str) -> dict[str, tuple[str, str]]:
-    return {
-        f"{dense}.weight": ("transform.w_DD", "out D -> D out"),
-        f"{dense}.bias": ("transform.bias_D", "D -> D"),
-        bias: ("bias_V", "V -> V"),
-        **hf.norms({norm: "transform_norm"}),
-    }
-
-
+_CLS = "cls.predictions"
 _PARTS = (
     "attention.self.query attention.self.key attention.self.value attention.output.dense attention.output.LayerNorm "
     "intermediate.dense output.dense output.LayerNorm"
@@ -334,19 +219,17 @@ _DISTILLED = (
     "attention.q_lin attention.k_lin attention.v_lin attention.out_lin sa_layer_norm "
     "ffn.lin1 ffn.lin2 output_layer_norm"
 )
-_MODERN = "model.layers.{i}."
-_QKV = tuple(f"blocks.attn.{name}" for name in ("wq_DNH", "wk_DKH", "wv_DKH"))
 HF = {
     "bert": hf.Format(
         architecture=lambda c: "BertForPreTraining" if c.next else "BertForMaskedLM" if c.masked else "BertModel",
         read=_read_bert, write=_write_bert, prefix="bert.", ignored=(r".*embeddings\.position_ids",),
         copies={
-            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-            "cls.predictions.decoder.bias": "cls.predictions.bias",
+            f"{_CLS}.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            f"{_CLS}.decoder.bias": f"{_CLS}.bias",
         },
         tensors={
             **_tensors("bert", "bert.encoder.layer.{i}", _PARTS),
-            **_head("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+            **tables.masked(f"{_CLS}.transform.dense", f"{_CLS}.transform.LayerNorm", f"{_CLS}.bias"),
             "cls.seq_relationship.weight": ("next_DC", "C D -> D C"),
             "cls.seq_relationship.bias": ("next_C", "C -> C"),
         },
@@ -360,7 +243,7 @@ HF = {
         },
         tensors={
             **_tensors("roberta", "roberta.encoder.layer.{i}", _PARTS),
-            **_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+            **tables.masked("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
         },
     ),
     "distilbert": hf.Format(
@@ -369,25 +252,7 @@ HF = {
         copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
         tensors={
             **_tensors("distilbert", "distilbert.transformer.layer.{i}", _DISTILLED),
-            **_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
-        },
-    ),
-    "modernbert": hf.Format(
-        architecture=lambda c: "ModernBertForMaskedLM" if c.masked else "ModernBertModel",
-        read=_read_modernbert, write=_write_modernbert, prefix="model.",
-        copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
-        absent=("model.layers.0.attn_norm.weight",),
-        tensors={
-            "model.embeddings.tok_embeddings.weight": ("embed_VD", "V D -> V D"),
-            "model.embeddings.norm.weight": ("norm.scale_D", "D -> D"),
-            _MODERN + "attn_norm.weight": ("blocks.norm1.scale_D", "D -> D"),
-            _MODERN + "attn.Wqkv.weight": (_QKV, "(three N H) D -> three D N H"),
-            _MODERN + "attn.Wo.weight": ("blocks.attn.wo_NHD", "D (N H) -> N H D"),
-            _MODERN + "mlp_norm.weight": ("blocks.norm2.scale_D", "D -> D"),
-            _MODERN + "mlp.Wi.weight": (("blocks.mlp.gate_DF", "blocks.mlp.up_DF"), "(two F) D -> two D F"),
-            _MODERN + "mlp.Wo.weight": ("blocks.mlp.down_FD", "D F -> F D"),
-            "model.final_norm.weight": ("last.scale_D", "D -> D"),
-            **_head("head.dense", "head.norm", "decoder.bias"),
+            **tables.masked("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
         },
     ),
 }  # fmt: skip

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import axes, hf, lookup
+from jaxlm import axes, hf
 from jaxlm.axes import shaped
-from jaxlm.nn import positions
+from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import Head, dropout, embed, normal
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.mlp import GatedMLP
+from jaxlm.nn.mlp import GELU_TANH, GatedMLP
 from jaxlm.nn.norms import HeadNorm, RMSNorm
 from jaxlm.nn.stack import scan, stacked
 
@@ -78,8 +78,7 @@ class Block(nnx.Module):
             qk_norm=functools.partial(HeadNorm, eps=c.norm_eps, offset=1.0) if c.qk_norm else None,
             backend=c.attention, std=0.02, out_std=0.02, rngs=rngs,
         )  # fmt: skip
-        gelu = functools.partial(jax.nn.gelu, approximate=True)
-        self.mlp = GatedMLP(c.width, c.mlp_width, gelu, std=0.02, out_std=0.02, rngs=rngs)
+        self.mlp = GatedMLP(c.width, c.mlp_width, GELU_TANH, std=0.02, out_std=0.02, rngs=rngs)
         self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
 
     @shaped
@@ -106,7 +105,7 @@ class Model(nnx.Module):
         return Head(self.embed_VD[...], cap=self.config.cap_logits)
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         c = self.config
         if positions_BT is None:
@@ -117,7 +116,7 @@ class Model(nnx.Module):
         keys = None if key is None else jax.random.split(key, c.layers)
 
         def step(block, carry, extra, is_global):
-            mask = Mask(window=None if is_global else c.window, segments_BT=segments_BT)
+            mask = Mask(window=None if is_global else c.window, prefix_BT=prefix_BT, segments_BT=segments_BT)
             return block(carry[0], mask, wide if is_global else near, carry[1], *extra)
 
         per_layer = (np.arange(c.layers), keys)
@@ -166,38 +165,28 @@ SIZES = {
 def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, hidden_activation="gelu_pytorch_tanh", attention_bias=False, tie_word_embeddings=True)
     hf.require(config, use_bidirectional_attention=(None, False))
-    third, layers = config["model_type"] == "gemma3_text", config["num_hidden_layers"]
+    third = config["model_type"] == "gemma3_text"
     every = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6)) if third else 2
-    kinds = config.get("layer_types") or []
-    if kinds:
-        every = kinds.index("full_attention") + 1 if "full_attention" in kinds else max(every, layers + 1)
-        if kinds != [("sliding_attention", "full_attention")[i % every == every - 1] for i in range(layers)]:
-            raise lookup.Mistake(f"config.json: layer_types {kinds} are not global at every so-manyth layer")
-    rope = hf.read_rope(config, "full_attention")
+    rope = tables.read_rope(config, "full_attention")
     if third:
-        near = hf.read_rope(config, "sliding_attention")["rope_base"]
+        near = tables.read_rope(config, "sliding_attention")["rope_base"]
         near = config.get("rope_local_base_freq", near)
     return dict(
-        context=config["max_position_embeddings"], layers=layers, width=config["hidden_size"],
-        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_width=config["head_dim"],
-        mlp_width=config["intermediate_size"], window=config["sliding_window"], every=every,
+        **hf.read_grouped(config), **rope, rope_base_local=near if third else rope["rope_base"],
+        window=config["sliding_window"], every=hf.read_every(config, every, -1),
         scale=int(config["query_pre_attn_scalar"]), cap_scores=config.get("attn_logit_softcapping"),
-        cap_logits=config.get("final_logit_softcapping"), qk_norm=third, norm_eps=config["rms_norm_eps"],
-        rope_base_local=near if third else rope["rope_base"], **rope,
+        cap_logits=config.get("final_logit_softcapping"), qk_norm=third,
     )  # fmt: skip
 
 
 def _write(c: Config, kind: str) -> dict[str, Any]:
-    types = ["full_attention" if is_global else "sliding_attention" for is_global in c.is_global]
-    rope = hf.write_rope(c)["rope_parameters"]
+    rope = tables.write_rope(c)["rope_parameters"]
     if kind == "gemma3_text":
         local = dict(rope_theta=c.rope_base_local, rope_type="default")
         rope = dict(full_attention=rope, sliding_attention=local)
     return dict(
-        max_position_embeddings=c.context, num_hidden_layers=c.layers, hidden_size=c.width,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_width,
-        intermediate_size=c.mlp_width, sliding_window=c.window, layer_types=types, query_pre_attn_scalar=c.scale,
-        attn_logit_softcapping=c.cap_scores, final_logit_softcapping=c.cap_logits, rms_norm_eps=c.norm_eps,
+        **hf.write_grouped(c), sliding_window=c.window, layer_types=[hf.KINDS[x] for x in c.is_global],
+        query_pre_attn_scalar=c.scale, attn_logit_softcapping=c.cap_scores, final_logit_softcapping=c.cap_logits,
         hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True, rope_parameters=rope,
     )  # fmt: skip
 
@@ -206,12 +195,10 @@ _LAYER = "model.layers.{i}."
 _TENSORS = {
     "model.embed_tokens.weight": ("embed_VD", "V D -> V D"),
     _LAYER + "input_layernorm.weight": ("blocks.norm1.scale_D", "D -> D"),
-    **hf.attention(_LAYER + "self_attn", "blocks.attn"),
+    **tables.attention(_LAYER + "self_attn", "blocks.attn"),
     _LAYER + "post_attention_layernorm.weight": ("blocks.after1.scale_D", "D -> D"),
     _LAYER + "pre_feedforward_layernorm.weight": ("blocks.norm2.scale_D", "D -> D"),
-    _LAYER + "mlp.gate_proj.weight": ("blocks.mlp.gate_DF", "F D -> D F"),
-    _LAYER + "mlp.up_proj.weight": ("blocks.mlp.up_DF", "F D -> D F"),
-    _LAYER + "mlp.down_proj.weight": ("blocks.mlp.down_FD", "D F -> F D"),
+    **tables.gated(_LAYER + "mlp", "blocks.mlp"),
     _LAYER + "post_feedforward_layernorm.weight": ("blocks.after2.scale_D", "D -> D"),
     "model.norm.weight": ("norm.scale_D", "D -> D"),
 }  # fmt: skip

@@ -6,7 +6,6 @@ Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
 
 from collections.abc import Mapping, Set
 import dataclasses
-import functools
 from typing import Any
 
 from flax import nnx
@@ -17,12 +16,12 @@ import numpy as np
 from jaxlm import axes, hf
 from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
-from jaxlm.nn import positions
+from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import Head, dropout, embed, normal
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.mlp import MLP
+from jaxlm.nn.mlp import GELU_TANH, MLP
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import scan, stacked
 
@@ -64,8 +63,7 @@ class Block(nnx.Module):
             c.width, c.heads, c.heads, c.head_width, bias=True, backend=c.attention, std=0.02, out_std=out_std,
             rngs=rngs,
         )  # fmt: skip
-        gelu = functools.partial(jax.nn.gelu, approximate=True)
-        self.mlp = MLP(c.width, c.mlp_width or 4 * c.width, gelu, std=0.02, out_std=out_std, rngs=rngs)
+        self.mlp = MLP(c.width, c.mlp_width or 4 * c.width, GELU_TANH, std=0.02, out_std=out_std, rngs=rngs)
         self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
 
     @shaped
@@ -94,7 +92,7 @@ class Model(nnx.Module):
         return Head(self.embed_VD[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         c, T = self.config, tokens_BT.shape[1] if cache is None else cache.slots
         if c.context < T:
@@ -106,7 +104,7 @@ class Model(nnx.Module):
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
 
         def step(block, carry, extra, window):
-            return block(carry[0], Mask(window=window, segments_BT=segments_BT), carry[1], *extra)
+            return block(carry[0], Mask(window=window, prefix_BT=prefix_BT, segments_BT=segments_BT), carry[1], *extra)
 
         windows = [c.window if layer % 2 else None for layer in range(c.layers)]
         per_layer = (np.arange(c.layers), keys[1])
@@ -178,7 +176,7 @@ HF = {
             _LAYER + "mlp.c_fc.bias": ("blocks.mlp.bias_F", "F -> F"),
             _LAYER + "mlp.c_proj.weight": ("blocks.mlp.down_FD", "F D -> F D"),
             _LAYER + "mlp.c_proj.bias": ("blocks.mlp.bias_D", "D -> D"),
-            **hf.norms({_LAYER + "ln_1": "blocks.norm1", _LAYER + "ln_2": "blocks.norm2", "transformer.ln_f": "norm"}),
+            **tables.norms({_LAYER + f"ln_{n}": f"blocks.norm{n}" for n in (1, 2)} | {"transformer.ln_f": "norm"}),
         },
     )
 }  # fmt: skip

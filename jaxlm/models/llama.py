@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxlm import axes, hf, lookup
 from jaxlm.axes import shaped
-from jaxlm.nn import positions
+from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import Head, dropout, embed, normal
@@ -110,7 +110,7 @@ class Model(nnx.Module):
         return Head((self.embed_VD if self.untied_VD is None else self.untied_VD)[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         c = self.config
         if positions_BT is None:
@@ -120,7 +120,9 @@ class Model(nnx.Module):
         keys = None if key is None else jax.random.split(key, c.layers)
 
         def step(block, carry, extra, window):
-            return block(carry[0], Mask(window=window, segments_BT=segments_BT), angles, carry[1], *extra)
+            return block(
+                carry[0], Mask(window=window, prefix_BT=prefix_BT, segments_BT=segments_BT), angles, carry[1], *extra
+            )
 
         per_layer = (np.arange(c.layers), keys)
         x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, remat=c.remat, kinds=c.windows)
@@ -139,7 +141,8 @@ class Model(nnx.Module):
 
 
 _LONG = dict(kind="llama3", original=8192, low_freq=1.0, high_freq=4.0)
-_THIRD = dict(context=131072, kv_heads=8, rope_base=5e5)
+_THIRD = dict(context=131072, kv_heads=8, rope_base=5e5, rope_scaling=dict(_LONG, factor=8.0))
+_POCKET = dict(_THIRD, tied=True, rope_scaling=dict(_LONG, factor=32.0))
 _QWEN2 = dict(context=32768, rope_base=1e6, norm_eps=1e-6, bias="qkv")
 _QWEN3 = dict(context=40960, rope_base=1e6, norm_eps=1e-6, qk_norm=True, kv_heads=8)
 _SMALL = dict(context=8192, tied=True, head_width=64)
@@ -148,19 +151,11 @@ SIZES = {
     "llama2-13b": dict(layers=40, width=5120, heads=40, kv_heads=40, mlp_width=13824),
     "llama2-70b": dict(layers=80, width=8192, heads=64, kv_heads=8, mlp_width=28672),
     "llama3-8b": dict(context=8192, kv_heads=8, mlp_width=14336, rope_base=5e5),
-    "llama3.1-8b": dict(_THIRD, mlp_width=14336, rope_scaling=dict(_LONG, factor=8.0)),
-    "llama3.1-70b": dict(
-        _THIRD, layers=80, width=8192, heads=64, mlp_width=28672, rope_scaling=dict(_LONG, factor=8.0)
-    ),
-    "llama3.1-405b": dict(
-        _THIRD, layers=126, width=16384, heads=128, mlp_width=53248, rope_scaling=dict(_LONG, factor=8.0)
-    ),
-    "llama3.2-1b": dict(
-        _THIRD, layers=16, width=2048, head_width=64, mlp_width=8192, tied=True, rope_scaling=dict(_LONG, factor=32.0)
-    ),
-    "llama3.2-3b": dict(
-        _THIRD, layers=28, width=3072, heads=24, mlp_width=8192, tied=True, rope_scaling=dict(_LONG, factor=32.0)
-    ),
+    "llama3.1-8b": dict(_THIRD, mlp_width=14336),
+    "llama3.1-70b": dict(_THIRD, layers=80, width=8192, heads=64, mlp_width=28672),
+    "llama3.1-405b": dict(_THIRD, layers=126, width=16384, heads=128, mlp_width=53248),
+    "llama3.2-1b": dict(_POCKET, layers=16, width=2048, head_width=64, mlp_width=8192),
+    "llama3.2-3b": dict(_POCKET, layers=28, width=3072, heads=24, mlp_width=8192),
     "mistral-7b": dict(context=32768, kv_heads=8, mlp_width=14336, window=4096),
     "qwen2.5-0.5b": dict(
         _QWEN2, layers=24, width=896, heads=14, kv_heads=2, head_width=64, mlp_width=4864, tied=True
@@ -179,15 +174,11 @@ SIZES = {
 
 def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, hidden_act="silu", mlp_bias=False)
-    kind, heads = config["model_type"], config["num_attention_heads"]
-    window, first = _window(config)
+    kind, (window, first) = config["model_type"], _window(config)
     bias = "qkv" if kind == "qwen2" else "all" if config.get("attention_bias") else "none"
     return dict(
-        context=config["max_position_embeddings"], layers=config["num_hidden_layers"], width=config["hidden_size"],
-        heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
-        head_width=config.get("head_dim") or config["hidden_size"] // heads, mlp_width=config["intermediate_size"],
-        norm_eps=config.get("rms_norm_eps", 1e-6), tied=config.get("tie_word_embeddings", False), bias=bias,
-        qk_norm=kind == "qwen3", window=window, window_from=first, **hf.read_rope(config),
+        **hf.read_grouped(config), **tables.read_rope(config), tied=config.get("tie_word_embeddings", False), bias=bias,
+        qk_norm=kind == "qwen3", window=window, window_from=first,
     )  # fmt: skip
 
 
@@ -209,14 +200,13 @@ def _window(config: Mapping[str, Any]) -> tuple[int | None, int]:
 
 def _write(c: Config, kind: str) -> dict[str, Any]:
     config: dict[str, Any] = dict(
-        max_position_embeddings=c.context, num_hidden_layers=c.layers, hidden_size=c.width, num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads, head_dim=c.head_width, intermediate_size=c.mlp_width, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tied, attention_bias=c.bias == "all", hidden_act="silu", **hf.write_rope(c),
+        **hf.write_grouped(c), **tables.write_rope(c), tie_word_embeddings=c.tied, attention_bias=c.bias == "all",
+        hidden_act="silu",
     )  # fmt: skip
     if kind != "llama":
         config["sliding_window"] = c.window
     if kind.startswith("qwen"):
-        types = ["full_attention" if window is None else "sliding_attention" for window in c.windows]
+        types = [hf.KINDS[window is None] for window in c.windows]
         config |= dict(use_sliding_window=c.window is not None, max_window_layers=c.window_from, layer_types=types)
     return config
 
@@ -225,11 +215,9 @@ _LAYER = "model.layers.{i}."
 _TENSORS = {
     "model.embed_tokens.weight": ("embed_VD", "V D -> V D"),
     _LAYER + "input_layernorm.weight": ("blocks.norm1.scale_D", "D -> D"),
-    **hf.attention(_LAYER + "self_attn", "blocks.attn"),
+    **tables.attention(_LAYER + "self_attn", "blocks.attn"),
     _LAYER + "post_attention_layernorm.weight": ("blocks.norm2.scale_D", "D -> D"),
-    _LAYER + "mlp.gate_proj.weight": ("blocks.mlp.gate_DF", "F D -> D F"),
-    _LAYER + "mlp.up_proj.weight": ("blocks.mlp.up_DF", "F D -> D F"),
-    _LAYER + "mlp.down_proj.weight": ("blocks.mlp.down_FD", "D F -> F D"),
+    **tables.gated(_LAYER + "mlp", "blocks.mlp"),
     "model.norm.weight": ("norm.scale_D", "D -> D"),
     "lm_head.weight": ("untied_VD", "V D -> V D"),
 }  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxlm import axes, hf, lookup
 from jaxlm.axes import shaped
-from jaxlm.nn import positions
+from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import Head, dropout, embed, normal
@@ -103,21 +103,21 @@ class Model(nnx.Module):
         return Head((self.embed_VD if self.untied_VD is None else self.untied_VD)[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout."""
         x_BTD, cache, _ = self.routed(
-            tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, cache=cache, key=key
+            tokens_BT, segments_BT=segments_BT, prefix_BT=prefix_BT, positions_BT=positions_BT, cache=cache, key=key
         )  # fmt: skip
         return x_BTD, cache
 
     @shaped
-    def routed(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def routed(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """The same, and what the routers add to the loss: a mean over layers, weighted as the config says."""
         c = self.config
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
         angles = positions.angles(positions_BT, c.head_width, c.rope_base, c.rope_scaling)
-        mask = Mask(window=c.window, segments_BT=segments_BT)
+        mask = Mask(window=c.window, prefix_BT=prefix_BT, segments_BT=segments_BT)
         keys = None if key is None else jax.random.split(key, c.layers)
 
         def step(block, carry, extra):
@@ -158,27 +158,21 @@ SIZES = {
 
 def _read(config: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
     hf.require(config, hidden_act="silu", decoder_sparse_step=1, mlp_only_layers=([], None))
-    qwen, heads = config["model_type"] == "qwen3_moe", config["num_attention_heads"]
-    return dict(
-        context=config["max_position_embeddings"], layers=config["num_hidden_layers"], width=config["hidden_size"],
-        heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
-        head_width=config.get("head_dim") or config["hidden_size"] // heads,
+    qwen = config["model_type"] == "qwen3_moe"
+    return hf.read_grouped(config) | tables.read_rope(config) | dict(
         mlp_width=config["moe_intermediate_size" if qwen else "intermediate_size"],
         experts=config["num_local_experts"] if "num_local_experts" in config else config["num_experts"],
         chosen=config["num_experts_per_tok"], renormalised=config.get("norm_topk_prob", False) if qwen else True,
         balance=config.get("router_aux_loss_coef", 0.001), norm_eps=config["rms_norm_eps"],
         tied=config.get("tie_word_embeddings", False), bias=config.get("attention_bias", False), qk_norm=qwen,
         window=config.get("sliding_window") if config.get("use_sliding_window", not qwen) else None,
-        **hf.read_rope(config),
     )  # fmt: skip
 
 
 def _write(c: Config, kind: str) -> dict[str, Any]:
     config: dict[str, Any] = dict(
-        max_position_embeddings=c.context, num_hidden_layers=c.layers, hidden_size=c.width, num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads, head_dim=c.head_width, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
-        num_local_experts=c.experts, num_experts_per_tok=c.chosen, router_aux_loss_coef=c.balance, hidden_act="silu",
-        intermediate_size=c.mlp_width, sliding_window=c.window, **hf.write_rope(c),
+        **hf.write_grouped(c), **tables.write_rope(c), num_local_experts=c.experts, num_experts_per_tok=c.chosen,
+        router_aux_loss_coef=c.balance, tie_word_embeddings=c.tied, sliding_window=c.window, hidden_act="silu",
     )  # fmt: skip
     if kind == "qwen3_moe":
         config |= dict(
@@ -188,18 +182,15 @@ def _write(c: Config, kind: str) -> dict[str, Any]:
     return config
 
 
-def _tensors(moe: str, gate: str, up: str, down: str) -> dict[str, tuple[str, str]]:
+def _tensors(moe: str, names: str) -> tables.Table:
     layer = "model.layers.{i}."
-    expert = layer + moe + ".experts.{e}."
     return {
         "model.embed_tokens.weight": ("embed_VD", "V D -> V D"),
         layer + "input_layernorm.weight": ("blocks.norm1.scale_D", "D -> D"),
-        **hf.attention(layer + "self_attn", "blocks.attn"),
+        **tables.attention(layer + "self_attn", "blocks.attn"),
         layer + "post_attention_layernorm.weight": ("blocks.norm2.scale_D", "D -> D"),
         layer + moe + ".gate.weight": ("blocks.moe.router_DE", "E D -> D E"),
-        expert + gate + ".weight": ("blocks.moe.gate_EDF", "F D -> D F"),
-        expert + up + ".weight": ("blocks.moe.up_EDF", "F D -> D F"),
-        expert + down + ".weight": ("blocks.moe.down_EFD", "D F -> F D"),
+        **tables.gated(layer + moe + ".experts.{e}", "blocks.moe", names, experts=True),
         "model.norm.weight": ("norm.scale_D", "D -> D"),
         "lm_head.weight": ("untied_VD", "V D -> V D"),
     }
@@ -209,10 +200,10 @@ _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 HF = {
     "mixtral": hf.Format(
         architecture="MixtralForCausalLM", read=_read, write=functools.partial(_write, kind="mixtral"),
-        tensors=_tensors("block_sparse_moe", "w1", "w3", "w2"), prefix="model.", copies=_TIED,
+        tensors=_tensors("block_sparse_moe", "w1 w3 w2"), prefix="model.", copies=_TIED,
     ),
     "qwen3_moe": hf.Format(
         architecture="Qwen3MoeForCausalLM", read=_read, write=functools.partial(_write, kind="qwen3_moe"),
-        tensors=_tensors("mlp", "gate_proj", "up_proj", "down_proj"), prefix="model.", copies=_TIED,
+        tensors=_tensors("mlp", "gate_proj up_proj down_proj"), prefix="model.", copies=_TIED,
     ),
 }  # fmt: skip

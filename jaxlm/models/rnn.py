@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlm import axes
 from jaxlm.axes import shaped
+from jaxlm.lookup import Mistake
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import Head, dropout, embed, normal, zeros
 from jaxlm.nn.recurrent import CELLS, Recurrent
@@ -66,11 +67,14 @@ class Model(nnx.Module):
         return Head((self.embed_VD if self.untied_VD is None else self.untied_VD)[...], self.bias_V[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, cache=None, key=None):
+    def hidden(self, tokens_BT, *, segments_BT=None, prefix_BT=None, positions_BT=None, cache=None, key=None):
         """Final hidden states [B, T, D] and the cache, if one is given, with T more tokens; a `key` means dropout.
 
-        `positions_BT` is what other decoders take, and changes nothing: a token's place is its turn.
+        `positions_BT` is what other decoders take, and changes nothing: a token's place is its turn. Raises `Mistake`
+        for a prefix, which it cannot read both ways.
         """
+        if prefix_BT is not None:
+            raise Mistake("rnn: it reads one way, so it has no prefix; choose a decoder with attention")
         c = self.config
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
 

@@ -1,7 +1,7 @@
 """T5: an encoder and a decoder that read distances in buckets, for any task that maps text to text (arXiv:1910.10683).
 
 T5 1.1, Flan-T5 and mT5 (arXiv:2002.05202, 2010.11934) gate the MLP with GELU and have a head of their own.
-Read `Model.__call__` first, `Block` second; the rest is `jaxlm.nn`.
+Read `Model` first, `Stack` and `Block` second; the rest is `jaxlm.nn`, where `Pair` says how both work together.
 """
 
 from collections.abc import Mapping, Set
@@ -12,18 +12,17 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm import axes, hf, lookup
 from jaxlm.axes import shaped
+from jaxlm.nn import tables
 from jaxlm.nn.attention import Attention
-from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import Head, dense, dropout, embed, normal
-from jaxlm.nn.mask import Mask, across
-from jaxlm.nn.mlp import GatedMLP
+from jaxlm.nn.linear import dense, dropout, normal
+from jaxlm.nn.mlp import GELU_TANH, GatedMLP
 from jaxlm.nn.norms import RMSNorm
+from jaxlm.nn.pair import Pair, through
 from jaxlm.nn.positions import RelativeBias
-from jaxlm.nn.stack import scan, stacked
+from jaxlm.nn.stack import stacked
 
 KIND = "encoder-decoder"
 
@@ -82,8 +81,7 @@ class Block(nnx.Module):
         self.cross_norm, self.cross = (RMSNorm(D, c.norm_eps), attention()) if decoder else (None, None)
         self.norm2 = RMSNorm(D, c.norm_eps)
         std = dict(std=D**-0.5, out_std=F**-0.5)
-        gelu = functools.partial(jax.nn.gelu, approximate=True)
-        self.mlp = ReluMLP(D, F, **std, rngs=rngs) if c.mlp == "relu" else GatedMLP(D, F, gelu, **std, rngs=rngs)
+        self.mlp = ReluMLP(D, F, **std, rngs=rngs) if c.mlp == "relu" else GatedMLP(D, F, GELU_TANH, **std, rngs=rngs)
         self.dropout, self.dtype = c.dropout, jnp.dtype(c.dtype)
 
     @shaped
@@ -100,7 +98,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The encoder or the decoder."""
+    """The encoder or the decoder: what all its blocks add to scores by distance, the blocks, and a norm."""
 
     def __init__(self, c: Config, layers: int, *, decoder: bool, rngs: nnx.Rngs):
         self.config, self.layers = c, layers
@@ -109,78 +107,22 @@ class Stack(nnx.Module):
         self.norm = RMSNorm(c.width, c.norm_eps)
 
     @shaped
-    def __call__(self, x_BTD, mask, memory_BSD=None, cross_mask=None, cache=None, key=None):
-        c, n = self.config, self.layers
-        keys = [None] * 3 if key is None else [*jax.random.split(key, 2), jax.random.split(key, n)]
-        kv = None if cache is None else cache.cross
-
-        def step(block, carry, extra):
-            layer, key, kv = extra
-            if block.cross is None:
-                cross = None
-            else:
-                cross = (*(block.cross.keys_values(memory_BSD) if kv is None else kv), cross_mask)
-            return block(carry[0], mask, self.bias, cross, carry[1], layer, key)
-
-        x_BTD = dropout(x_BTD, c.dropout, keys[0])
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (np.arange(n), keys[2], kv), remat=c.remat)
-        return dropout(self.norm(x_BTD, jnp.dtype(c.dtype)), c.dropout, keys[1]), cache
-
-
-class Model(nnx.Module):
-    """Token ids to what the decoder writes about them."""
-
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        self.config = c
-        self.embed_VD = normal(rngs, c.vocab, c.width, std=1.0)
-        self.encoder = Stack(c, c.layers, decoder=False, rngs=rngs)
-        self.decoder = Stack(c, c.decoder_layers or c.layers, decoder=True, rngs=rngs)
-        self.untied_VD = None if c.tied else normal(rngs, c.vocab, c.width, std=c.width**-0.5)
-
-    @property
-    def head(self) -> Head:
-        table_VD = self.embed_VD if self.untied_VD is None else self.untied_VD
-        return Head(table_VD[...])
-
-    @shaped
-    def encode(self, tokens_BS, *, segments_BS=None, key=None):
-        """The encoder's states [B, S, D]; padding has segment 0. A `key` means dropout."""
-        mask = Mask(causal=False, segments_BT=segments_BS)
-        return self.encoder(embed(self.embed_VD, tokens_BS), mask, key=key)[0]
-
-    @shaped
-    def hidden(
-        self, tokens_BT, *, memory_BSD=None, segments_BT=None, memory_segments_BS=None, cache=None, key=None
-    ):  # fmt: skip
-        """The decoder's final hidden states [B, T, D], as its head reads them, and the cache, with T more tokens.
-
-        `memory_BSD` is what `encode` gave; a cache from `remember` holds it already.
-        """
-        x_BTD, cache = self.decoder(
-            embed(self.embed_VD, tokens_BT), Mask(segments_BT=segments_BT), memory_BSD,
-            across(segments_BT, memory_segments_BS if cache is None else cache.real_BS), cache, key,
-        )  # fmt: skip
-        x_BTD = x_BTD * self.config.width**-0.5 if self.config.scaled else x_BTD
-        return x_BTD, cache and cache.grow(tokens_BT.shape[1])
-
-    @shaped
-    def __call__(self, tokens_BS, decoder_BT, *, segments_BS=None, segments_BT=None, key=None):
-        """Logits [B, T, V] in float32 of what follows each of the decoder's tokens, and None."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        memory_BSD = self.encode(tokens_BS, segments_BS=segments_BS, key=keys[0])
-        where = dict(memory_BSD=memory_BSD, segments_BT=segments_BT, memory_segments_BS=segments_BS)
-        return self.head(self.hidden(decoder_BT, **where, key=keys[1])[0]), None
-
-    def empty_cache(self, batch: int, slots: int) -> Cache:
-        """Room for `slots` tokens of the decoder in each of `batch` rows; `remember` what it reads about."""
+    def __call__(self, x_BTD, positions_BT, mask, memory=None, cache=None, key=None):
+        """Positions are not read: distances are those of slots."""
         c = self.config
-        layers = c.decoder_layers or c.layers
-        return Cache.empty(layers, batch, c.heads, slots, c.head_width, jnp.dtype(c.dtype))
+        first, last = (None, None) if key is None else jax.random.split(key)
+        x_BTD = dropout(x_BTD, c.dropout, first)
+        x_BTD, cache = through(self.blocks, self.layers, x_BTD, mask, memory, cache, key, self.bias, remat=c.remat)
+        return dropout(self.norm(x_BTD, jnp.dtype(c.dtype)), c.dropout, last), cache
 
-    @shaped
-    def remember(self, cache: Cache, memory_BSD, real_BS) -> Cache:
-        """The cache with every layer's keys and values of the encoder's states; `real_BS` is 0 for padding."""
-        return cache.remember(self.decoder.blocks, memory_BSD, real_BS)
+
+def Model(c: Config, *, rngs: nnx.Rngs) -> Pair:
+    """Token ids to what the decoder writes about them."""
+    embed_VD = normal(rngs, c.vocab, c.width, std=1.0)
+    encoder = Stack(c, c.layers, decoder=False, rngs=rngs)
+    decoder = Stack(c, c.decoder_layers or c.layers, decoder=True, rngs=rngs)
+    untied_VD = None if c.tied else normal(rngs, c.vocab, c.width, std=c.width**-0.5)
+    return Pair(c, embed_VD, encoder, decoder, untied_VD=untied_VD, scale=c.width**-0.5 if c.scaled else 1.0)
 
 
 _V11 = dict(scaled=False, tied=False, mlp="gelu")
@@ -231,17 +173,15 @@ def _write(c: Config, kind: str) -> dict[str, Any]:
 _QKVO = "q k v o"
 
 
-def _stack(side: str, mlp: int) -> dict[str, tuple[str, str]]:
+def _stack(side: str, mlp: int) -> tables.Table:
     layer, first = f"{side}.block.{{i}}.layer", f"{side}.block.0.layer.0.SelfAttention"
     return {
         f"{first}.relative_attention_bias.weight": (f"{side}.bias.table_CN", "C N -> C N"),
         f"{layer}.0.layer_norm.weight": (f"{side}.blocks.norm1.scale_D", "D -> D"),
-        **hf.attention(f"{layer}.0.SelfAttention", f"{side}.blocks.attn", _QKVO),
+        **tables.attention(f"{layer}.0.SelfAttention", f"{side}.blocks.attn", _QKVO),
         f"{layer}.{mlp}.layer_norm.weight": (f"{side}.blocks.norm2.scale_D", "D -> D"),
         f"{layer}.{mlp}.DenseReluDense.wi.weight": (f"{side}.blocks.mlp.in_DF", "F D -> D F"),
-        f"{layer}.{mlp}.DenseReluDense.wi_0.weight": (f"{side}.blocks.mlp.gate_DF", "F D -> D F"),
-        f"{layer}.{mlp}.DenseReluDense.wi_1.weight": (f"{side}.blocks.mlp.up_DF", "F D -> D F"),
-        f"{layer}.{mlp}.DenseReluDense.wo.weight": (f"{side}.blocks.mlp.down_FD", "D F -> F D"),
+        **tables.gated(f"{layer}.{mlp}.DenseReluDense", f"{side}.blocks.mlp", "wi_0 wi_1 wo"),
         f"{side}.final_layer_norm.weight": (f"{side}.norm.scale_D", "D -> D"),
     }
 
@@ -251,7 +191,7 @@ _TENSORS = {
     **_stack("encoder", 1),
     **_stack("decoder", 2),
     "decoder.block.{i}.layer.1.layer_norm.weight": ("decoder.blocks.cross_norm.scale_D", "D -> D"),
-    **hf.attention("decoder.block.{i}.layer.1.EncDecAttention", "decoder.blocks.cross", _QKVO),
+    **tables.attention("decoder.block.{i}.layer.1.EncDecAttention", "decoder.blocks.cross", _QKVO),
     "lm_head.weight": ("untied_VD", "V D -> V D"),
 }
 HF = {

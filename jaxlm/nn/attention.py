@@ -74,7 +74,7 @@ def _spans(mask: Mask, T: int, S: int) -> Spans:
     spans = []
     for first in range(0, T, size):
         last, low, high = min(first + size, T), 0, S
-        if mask.offset_B is None and mask.causal:
+        if mask.offset_B is None and mask.causal and mask.prefix_BT is None:
             high = min(last, S)
             low = max(0, first - mask.window + 1) if mask.window else 0
         spans.append((first, last, low, high))
@@ -193,6 +193,11 @@ def attend(
     return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap)
 
 
+def _padded(prefix_BT: jax.Array | None, k_BKSH: jax.Array) -> jax.Array | None:
+    """For a cache that begins with these tokens, as a prefix does: the slots behind them are not of it."""
+    return None if prefix_BT is None else jnp.pad(prefix_BT, ((0, 0), (0, k_BKSH.shape[2] - prefix_BT.shape[1])))
+
+
 class Attention(nnx.Module):
     """Projections around `attend`: grouped queries (arXiv:2305.13245), optionally rotary positions, biases (of the
     output too, unless `out_bias` says otherwise), norms of queries and keys, and scores scaled otherwise than by
@@ -234,13 +239,20 @@ class Attention(nnx.Module):
         if cache is not None and layer is not None:
             cache = cache.write(layer, k_BKTH, v_BKTH)
             k_BKSH, v_BKSH = cache.read(layer)
-            mask = dataclasses.replace(mask, offset_B=cache.lengths_B)
+            mask = dataclasses.replace(mask, offset_B=cache.lengths_B, prefix_BT=_padded(mask.prefix_BT, k_BKSH))
         return self._out(x_BTD, q_BNTH, k_BKSH, v_BKSH, mask, bias), cache
 
     @shaped
-    def over(self, x_BTD: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> jax.Array:
-        """Attend over the `keys_values` of other tokens: an encoder's."""
-        return self._out(x_BTD, self._queries(x_BTD), k_BKSH, v_BKSH, mask, None)
+    def over(self, x_BTD: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        """Attend over the `keys_values` of other tokens: an encoder's, with a row for each B or for several.
+
+        Rows that read the same lie together, and are read as one long row, so that no key is copied for them.
+        """
+        together = lambda x: x.reshape(len(k), -1, *x.shape[2:])  # noqa: E731
+        rows = together(x_BTD)
+        if mask.segments_BT is not None:
+            mask = dataclasses.replace(mask, segments_BT=together(mask.segments_BT))
+        return self._out(rows, self._queries(rows), k, v, mask, None).reshape(x_BTD.shape)
 
     @shaped
     def keys_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -32,8 +32,10 @@ class Cache:
     k_LBKSH: Layers
     v_LBKSH: Layers | None  # None for layers that keep one thing a token
     lengths_B: jax.Array
-    cross: tuple[jax.Array, jax.Array] | None = None  # an encoder's keys and values [L, B, K, S, H], read by all tokens
-    real_BS: jax.Array | None = None  # which of the encoder's tokens are no padding
+    # An encoder's keys and values [L, inputs, K, S, H], read by all tokens, and which of its tokens are no padding
+    # [inputs, S]. Rows that read the same input lie together, each input has as many.
+    cross: tuple[jax.Array, jax.Array] | None = None
+    real: jax.Array | None = None
 
     @classmethod
     def empty(
@@ -52,7 +54,7 @@ class Cache:
         """
         graph, params = nnx.split(blocks)
         cross = jax.vmap(lambda params: nnx.merge(graph, params).cross.keys_values(memory_BSD))(params)
-        return dataclasses.replace(self, cross=cross, real_BS=real_BS)
+        return dataclasses.replace(self, cross=cross, real=real_BS)
 
     @property
     def slots(self) -> int:
@@ -106,7 +108,9 @@ class Cache:
         return dataclasses.replace(self, lengths_B=self.lengths_B + tokens)
 
     def rows(self, index_B: jax.Array) -> "Cache":
-        """The rows of the given numbers, which may repeat."""
+        """The rows of the given numbers, which may repeat. What they read of an encoder stays: each input is to have as
+        many of the new rows as any other, in the old order.
+        """
         B = len(self.lengths_B)
 
         def pick(x):
@@ -114,9 +118,8 @@ class Cache:
                 return jnp.take(x, index_B, axis=1)
             return jnp.take(x.reshape(B, -1, *x.shape[1:]), index_B, axis=0).reshape(-1, *x.shape[1:])
 
-        k_LBKSH, v_LBKSH, cross = jax.tree.map(pick, (self.k_LBKSH, self.v_LBKSH, self.cross))
-        real_BS = None if self.real_BS is None else self.real_BS[index_B]
-        return Cache(k_LBKSH, v_LBKSH, self.lengths_B[index_B], cross, real_BS)
+        k_LBKSH, v_LBKSH = jax.tree.map(pick, (self.k_LBKSH, self.v_LBKSH))
+        return dataclasses.replace(self, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH, lengths_B=self.lengths_B[index_B])
 
     def unstacked(self) -> "Cache":
         """The same with every layer's keys and values in an array of its own, in float32: a CPU would turn all of them

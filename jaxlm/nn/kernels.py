@@ -20,6 +20,8 @@ def refuses(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, bias
     """Why no kernel can serve these [B, N, T, H] queries and [B, K, S, H] keys; None when one may."""
     if biased:
         return "it adds no bias to scores"
+    if mask.prefix_BT is not None:
+        return "it has no prefix that is seen from before"
     if mask.offset_B is not None:
         return "queries must begin where the keys begin (no cache)"
     if q_shape[2] != k_shape[2] and (mask.causal or mask.window is not None):

@@ -39,7 +39,21 @@ class Turned:
     outer: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))  # the axes of the product's result
 
 
-Weight: TypeAlias = jax.Array | nnx.Param | Turned
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """A bfloat16 weight for products with a single row (`decode.weights`): two of its rows in each uint32.
+
+    pairs[g, p, n]    the low half is w[i, n], the high half w[i + 1, n], with i = 2 (PAIRS g + p); behind w are zeros
+    """
+
+    pairs: jax.Array
+    outer: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+
+
+PAIRS = 8  # rows of pairs that are read at a time
+
+Weight: TypeAlias = jax.Array | nnx.Param | Turned | Paired
 
 
 def dense(x: jax.Array, w: Weight, bias: Weight | None = None, axes: int = 1) -> jax.Array:
@@ -47,7 +61,9 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, axes: int = 1) ->
     weight = _value(w)
     lead = x.shape[: x.ndim - axes]
     x = x.reshape(math.prod(lead), -1)
-    if isinstance(weight, Turned):
+    if isinstance(weight, Paired):
+        y, outer = _against_pairs(x, weight.pairs).astype(x.dtype), weight.outer
+    elif isinstance(weight, Turned):
         y, outer = _against_rows(x, weight.matrix).astype(x.dtype), weight.outer
     else:
         y, outer = _product(x, weight.reshape(x.shape[1], -1)), weight.shape[axes:]
@@ -59,14 +75,16 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, axes: int = 1) ->
 class Head(NamedTuple):
     """What turns hidden states into logits: a row a token, perhaps a bias, perhaps bent to cap tanh(logit / cap)."""
 
-    table_VD: jax.Array
+    table_VD: Any  # an array, or while decoding perhaps Paired
     bias_V: jax.Array | None = None
     cap: float | None = None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32."""
         B, T, D = x_BTD.shape
-        y = _against_rows(x_BTD.reshape(B * T, D), self.table_VD).astype(jnp.float32)
+        against = _against_rows if not isinstance(self.table_VD, Paired) else _against_pairs
+        table = self.table_VD.pairs if isinstance(self.table_VD, Paired) else self.table_VD
+        y = against(x_BTD.reshape(B * T, D), table).astype(jnp.float32)
         if self.bias_V is not None:
             y = y + self.bias_V[None]
         return (y if self.cap is None else self.cap * jnp.tanh(y / self.cap)).reshape(B, T, -1)
@@ -115,6 +133,25 @@ def _against_rows(x: jax.Array, matrix: jax.Array) -> jax.Array:
         jnp.concatenate([x, x]) if len(x) == 1 else x
     )  # a single row is a vector to XLA, which has no fast way for it
     return _summed(rows, matrix.astype(x.dtype), 1, 1)[: len(x)]
+
+
+def _against_pairs(x: jax.Array, pairs: jax.Array) -> jax.Array:
+    """[1, inner], pairs [g, p, outer] -> [1, outer] in float32, nothing rounded on the way.
+
+    Written out, each element of the result is a sum of fused products along `outer`, which XLA's CPU compiler turns
+    into vector instructions that read as fast as memory gives; its own product of a bfloat16 matrix first copies it.
+    """
+    if len(x) != 1:
+        raise ValueError(f"{len(x)} rows against weights that are laid out for one")
+    G, P, N = pairs.shape
+    pairs, x = jax.lax.optimization_barrier((pairs, x))  # else a loop over tokens makes all halves before it begins
+    x = jnp.pad(x[0].astype(jnp.float32), (0, 2 * G * P - x.shape[1])).reshape(G, 2 * P, 1)
+    sums = jnp.zeros((G, N))
+    for p in range(P):
+        low, high = pairs[:, p] << 16, pairs[:, p] & jnp.uint32(0xFFFF0000)
+        for i, half in enumerate((low, high)):
+            sums += x[:, 2 * p + i] * jax.lax.bitcast_convert_type(half, jnp.float32)
+    return jnp.ones((1, G)) @ sums  # a product, since XLA would fuse a sum with the above into a slow loop
 
 
 def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array) -> jax.Array:

@@ -4,6 +4,11 @@ visible(Mask(segments_BT=[[1 1 2 2]]), 0..3, 0..3)[0]     1 . . .
                                                           1 1 . .
                                                           . . 1 .
                                                           . . 1 1
+
+with prefix_BT=[[1 1 0 0]] and one segment                1 1 . .
+                                                          1 1 . .
+                                                          1 1 1 .
+                                                          1 1 1 1
 """
 
 import dataclasses
@@ -20,12 +25,14 @@ class Mask:
     """Who may look at whom. Query t stands at slot `offset + t` of the keys; all conditions must hold.
 
     causal: a query sees keys at its own slot and before; window: at most that many keys, its own included;
+    prefix_BT: keys that are 1 there are seen from before them, too, as far as the window reaches;
     segments_BT: only keys of its own segment; keys_BS: the segments of keys that are other tokens than the queries;
     offset_B: the slot of each row's first query, for queries that continue a cache (0 otherwise).
     """
 
     causal: bool = dataclasses.field(default=True, metadata=dict(static=True))
     window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    prefix_BT: jax.Array | None = None
     segments_BT: jax.Array | None = None
     keys_BS: jax.Array | None = None
     offset_B: jax.Array | None = None
@@ -53,9 +60,10 @@ def visible(mask: Mask, queries: jax.Array, keys: jax.Array) -> jax.Array:
     see = jnp.ones_like(before, bool)
     if mask.causal:
         see &= before >= 0
+    if mask.prefix_BT is not None:
+        see = see | (mask.prefix_BT[:, None, keys] > 0)
     if mask.window is not None:
-        see &= before < mask.window
-        see &= True if mask.causal else before > -mask.window
+        see = see & (jnp.abs(before) < mask.window)
     if mask.segments_BT is not None:
         others_BS = mask.segments_BT if mask.keys_BS is None else mask.keys_BS
         see = see & (mask.segments_BT[:, queries, None] == others_BS[:, None, keys])

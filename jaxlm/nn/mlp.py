@@ -1,12 +1,16 @@
 """The position-wise networks between attention layers."""
 
 from collections.abc import Callable
+import functools
 
 from flax import nnx
 import jax
 
 from jaxlm import axes
 from jaxlm.nn.linear import dense, normal, zeros
+
+GELU = functools.partial(jax.nn.gelu, approximate=False)
+GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)  # as GPT-2's code has it
 
 
 class MLP(nnx.Module):
@@ -35,3 +39,13 @@ class GatedMLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         h_BTF = axes.constrain(self.activation(dense(x_BTD, self.gate_DF)) * dense(x_BTD, self.up_DF), "BTF")
         return dense(h_BTF, self.down_FD)
+
+
+class Dense(nnx.Module):
+    """A square layer."""
+
+    def __init__(self, width: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.w_DD, self.bias_D = normal(rngs, width, width, std=0.02), zeros(width) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return dense(x, self.w_DD, self.bias_D)

@@ -51,11 +51,11 @@ class MoE(nnx.Module):
         weight, expert = jax.lax.top_k(prob, self.chosen)  # [tokens, chosen]
         if self.renormalised:
             weight = weight / weight.sum(axis=-1, keepdims=True)
-        E = prob.shape[-1]
+        E, _, F = self.gate_EDF.shape
         matrices = (w[...].astype(x.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
         place = axes.here()
         alone = axes.platform() == "cpu" and (place is None or place[0].size == 1)
-        mixed = _on_own_rows(B) if not alone else _picked if expert.size < E else _all
+        mixed = _in_parts(B, E, F) if not alone else _picked if expert.size < E else _all
         y = mixed(x, weight.astype(x.dtype), expert, *matrices).reshape(B, T, D)
         real = jnp.ones(B * T) if real_BT is None else real_BT.reshape(-1).astype(jnp.float32)
         real = (real / jnp.maximum(real.sum(), 1.0))[:, None]
@@ -65,17 +65,26 @@ class MoE(nnx.Module):
         return axes.constrain(y, "BTD"), Routing(balance, z)
 
 
-def _on_own_rows(B: int) -> Callable[..., jax.Array]:
-    """`_mixed`, on each device for the tokens of those of B rows that it has; how matrices are split is left open."""
+def _in_parts(B: int, E: int, F: int) -> Callable[..., jax.Array]:
+    """`_mixed`, on each device for the tokens of those of B rows that it has, by its part of F: what the parts make of
+    a token is summed once. How the experts themselves are split is left open.
+    """
     place = axes.here()
-    to = None if place is None else axes.spec("B", (B,), *place)[0]
-    if place is None or to is None:
+    rows, _, parts = (None, None, None) if place is None else axes.spec("BEF", (B, E, F), *place)
+    names = {name for to in (rows, parts) for name in ((to,) if isinstance(to, str) else to or ())}
+    if place is None or not names:
         return _mixed
-    ours, whole = PartitionSpec(to), PartitionSpec()
+
+    def mixed(x, weight, expert, gate_EDF, up_EDF, down_EFD):
+        if parts is not None:  # said here, its gradient is summed here: once a token, not once an expert
+            x, weight = (jax.lax.pcast(a, parts, to="varying") for a in (x, weight))
+        y = _mixed(x, weight, expert, gate_EDF, up_EDF, down_EFD)
+        return y if parts is None else jax.lax.psum(y, parts)
+
+    ours, into, out = PartitionSpec(rows), PartitionSpec(None, None, parts), PartitionSpec(None, parts)
     return jax.shard_map(
-        _mixed, mesh=place[0], in_specs=(ours, ours, ours, whole, whole, whole), out_specs=ours,
-        axis_names={to} if isinstance(to, str) else set(to),
-    )  # fmt: skip
+        mixed, mesh=place[0], in_specs=(ours, ours, ours, into, into, out), out_specs=ours, axis_names=names
+    )
 
 
 def _mixed(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxlm import axes, lookup
 from jaxlm.axes import shaped
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import Turned, dense, normal
+from jaxlm.nn.linear import Paired, Turned, Weight, dense, normal
 
 State = tuple[jax.Array, jax.Array | None]  # h [B, D], and the memory c [B, D] of a cell that has one
 
@@ -98,9 +98,9 @@ class Recurrent(nnx.Module):
         return h_BTD.astype(x_BTD.dtype), cache
 
 
-def _whole(weight: jax.Array | Turned, dtype: jnp.dtype) -> jax.Array | Turned:
+def _whole(weight: jax.Array | Turned | Paired, dtype: jnp.dtype) -> Weight:
     """The weight on every device, gathered once: where gates are split, devices would have to talk for every token."""
-    return weight if isinstance(weight, Turned) else axes.constrain(weight.astype(dtype), "___")
+    return weight if isinstance(weight, Turned | Paired) else axes.constrain(weight.astype(dtype), "___")
 
 
 def _fresh(segments_BT: jax.Array) -> jax.Array:

@@ -9,11 +9,15 @@ A file exports
     row(length, words, *, ...)                      how many tokens of a packed row make an example of `length`
     features(row, rng, words, length, *, ...)       numpy: {"tokens", "segments"} -> an example, arrays of fixed shapes
     loss(model, batch, key, *, ...)                 jax: `nn.loss.Sums` over the batch; dropout where there is a key
+    pairs(*, ...)                                   may be left out: whether its row is of one document, not packed, and
+                                                    has one of another document beside it: {"other_tokens",
+                                                    "other_segments"}
 
 `words` (jaxlm.data.words) tells special ids and where words begin, `rng` draws the noise, as a function of (seed, row)
-alone. What stands behind the stars are the options of `config.objective`; each has a default. An encoder-decoder's
-example has the encoder's `tokens` and `segments`, and the decoder's `decoder_tokens`, `decoder_segments`, `labels` and
-`weights`. The features of one objective may be used by another, which mixes them.
+alone. What stands behind the stars are the options of `config.objective`; each has a default. An objective for several
+kinds of models takes `kind` there, too, and is told. An encoder-decoder's example has the encoder's `tokens` and
+`segments`, and the decoder's `decoder_tokens`, `decoder_segments`, `labels` and `weights` (see `_pairs`). The features
+of one objective may be used by another, which mixes them.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,6 +39,7 @@ class Objective(NamedTuple):
     name: str
     exact: bool
     row: int  # tokens
+    pairs: bool  # whether a row of another document stands beside each
     features: Callable[[Arrays, np.random.Generator | None], dict[str, np.ndarray]]
     loss: Callable[..., Sums]  # (model, batch, key)
 
@@ -52,13 +57,20 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
             f"the objective {name!r} trains models of the kind {' or '.join(module.KINDS)}, and this one is of the "
             f"kind {kind}; objectives for it: {', '.join(able)}"
         )
-    takes = [lookup.keywords(function) for function in (module.row, module.features, module.loss)]
-    lookup.known("config.objective", options, set().union(*takes))
-    row, features, loss = ({key: options[key] for key in options if key in keys} for keys in takes)
+    paired = getattr(module, "pairs", lambda: False)
+    takes = [lookup.keywords(function) for function in (module.row, module.features, module.loss, paired)]
+    lookup.known("config.objective", options, set().union(*takes) - {"kind"})
+    options["kind"] = kind
+    row, features, loss, pairs = ({key: options[key] for key in options if key in keys} for keys in takes)
 
     def example(one: Arrays, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         return module.features(one, rng, words, length, **features)
 
     return Objective(
-        name, module.EXACT, module.row(length, words, **row), example, functools.partial(module.loss, **loss)
+        name,
+        module.EXACT,
+        module.row(length, words, **row),
+        paired(**pairs),
+        example,
+        functools.partial(module.loss, **loss),
     )

@@ -50,6 +50,8 @@ def loss(
     """
     segments_BT = batch.get("segments")  # left out where one document fills every row
     where, added = dict(segments_BT=segments_BT, key=key), 0.0
+    if "prefix" in batch:  # tokens that their document reads both ways
+        where["prefix_BT"] = batch["prefix"]
     if hasattr(model, "routed"):  # a mixture of experts has terms of its own, a mean over tokens
         x_BTD, _, added = model.routed(batch["tokens"], **where)
     else:

@@ -82,7 +82,7 @@ def test_rows_of_a_store_on_disk_equal_those_in_memory(tmp_path, monkeypatch, he
         writer.append(split, np.concatenate(documents).astype(np.uint16), lengths, 3 * lengths - 3)
     token_store.write_json(tmp_path / "docs" / "manifest.json", dict(splits=writer.commit(), vocab=1_000))
     disk, memory = token_store.open(str(tmp_path)), MemoryStore(docs=documents)
-    for packing in ("best_fit", "split"):
+    for packing in ("best_fit", "split", "alone"):
         a, b = (rows.train(store, length=LENGTH, seed=0, packing=packing) for store in (disk, memory))
         assert all(same(a[i], b[i]) for i in range(100))
         assert a[0]["tokens"].dtype == np.int32
@@ -96,7 +96,7 @@ def test_without_isolation_the_documents_of_a_row_are_one_segment():
     assert row["segments"].tolist() == [1, 1, 1, 1, 1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "split"])
+@pytest.mark.parametrize("packing", ["best_fit", "split", "alone"])
 def test_an_epoch_predicts_every_token_but_a_documents_first_exactly_once(store, packing):
     stream = rows.train(store, length=LENGTH, seed=3, packing=packing, weights={"docs": 1})
     seen, index = Counter(), 0
@@ -198,6 +198,42 @@ def test_validation_covers_whole_documents_and_knows_their_bytes(store):
     assert tokens_of(held_out) == set(np.concatenate(documents))
 
 
+def document_of(row, prefix=""):
+    """The one document that a row of `store` is of."""
+    tokens, segments = row[f"{prefix}tokens"], row[f"{prefix}segments"]
+    assert set(segments) <= {0, 1} and not tokens[segments == 0].any() and segments[0] == 1
+    ends = np.cumsum([len(document) for document in documents_of(1)])
+    (found,) = set(np.searchsorted(ends, tokens[segments == 1]).tolist())
+    return found
+
+
+def test_beside_each_row_of_pairs_stands_one_of_another_document_and_every_one_may(store):
+    stream = rows.train(store, length=LENGTH, seed=1, pairs=True, weights={"docs": 1})
+    each = [(document_of(stream[i]), document_of(stream[i], "other_")) for i in range(4000)]
+    assert all(one != other for one, other in each)
+    assert {other for one, other in each if one == each[0][0]} == set(range(40)) - {each[0][0]}
+    beside = {}
+    for i in range(400):
+        beside.setdefault(int(stream[i]["tokens"][0]), set()).add(int(stream[i]["other_tokens"][0]))
+    assert max(map(len, beside.values())) > 1, "in another epoch beside another"
+
+
+def test_held_out_pairs_are_whole_documents_and_the_same_each_time(store):
+    one, again = (rows.validation(store, "docs", length=LENGTH, pairs=True) for _ in range(2))
+    assert all(np.array_equal(one[i][name], again[i][name]) for i in range(len(one)) for name in one[i])
+    assert tokens_of(one) == set(np.concatenate(documents_of(1)))
+    assert all(document_of(one[i]) != document_of(one[i], "other_") for i in range(len(one)))
+    few = rows.validation(store, "docs", length=LENGTH, pairs=True, documents=3)
+    assert len({document_of(few[i], "other_") for i in range(len(few))}) <= 3
+
+
+def test_pairs_are_the_same_on_any_number_of_hosts(store):
+    stream = rows.train(store, length=LENGTH, seed=0, pairs=True)
+    whole = next(rows.batches(stream, batch=8, start_step=3))
+    parts = [next(rows.batches(stream, batch=8, start_step=3, rows=[(r, r + 2)])) for r in (0, 2, 4, 6)]
+    assert all(np.array_equal(np.concatenate([part[name] for part in parts]), whole[name]) for name in whole)
+
+
 def test_a_limited_validation_takes_whole_documents_from_all_over_the_split(store):
     held_out = rows.validation(store, "code", length=LENGTH, documents=5)
     chosen = documents_of(10_000, 25, 1)[::5]
@@ -239,6 +275,8 @@ def test_a_source_with_nothing_to_predict_is_a_mistake():
         rows.validation(store, "none", length=LENGTH)
     with pytest.raises(Mistake, match="store memory has no 'dcs'"):
         rows.validation(store, "dcs", length=LENGTH)
+    with pytest.raises(Mistake, match=r"source 'docs'.*it has one document, and pairs take text of another"):
+        rows.train(MemoryStore(docs=[np.arange(50)]), length=LENGTH, seed=0, pairs=True)
 
 
 def test_rows_outside_the_batch_are_refused(store):

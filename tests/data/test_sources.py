@@ -294,7 +294,8 @@ def test_a_changed_input_is_told_from_the_old_one(tmp_path):
 
 
 def split(how, fraction, documents, seed=0):
-    return list(Splitter(how, fraction, seed).parts(documents))
+    splitter = Splitter(how, fraction, seed)
+    return [splitter.parts(marked, marked.document.text) for marked in splitter.mark(documents)]
 
 
 def whole(found):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import tokenizers
+from jaxlm.data.tokenizers import Named
 from jaxlm.data.words import MASK, Words
 from jaxlm.lookup import Mistake
 from tests.data.test_tokenizers import SPECS, TEXTS
@@ -48,6 +49,16 @@ def test_specials_are_found_by_name_or_missed_with_advice(tokenizer):
     assert words.sentinels == [tokenizer.specials[f"<extra_id_{i}>"] for i in range(2)]
     with pytest.raises(Mistake, match=r"no separator token \('<sep>'; its specials: .*\).*tokenizer.extra=\['<sep>'\]"):
         words.find("separator", ["<sep>"])
+
+
+def test_specials_stand_in_a_text_by_their_names_where_that_is_asked_for(tokenizer):
+    named, text = Named(tokenizer), "the <extra_id_0> of<mask><mask> a <extra_id_1>"
+    ids, special = named.encode(text), tokenizer.specials
+    gap, mask, other = (special[name] for name in ("<extra_id_0>", "<mask>", "<extra_id_1>"))
+    between = [tokenizer.encode(part) for part in ("the ", " of", " a ")]
+    assert ids == [*between[0], gap, *between[1], mask, mask, *between[2], other]
+    assert named.decode(ids).replace(" ", "") == text.replace(" ", "")
+    assert named.encode("") == [] and named.decode([]) == "" and named.vocab == tokenizer.vocab
 
 
 def test_a_published_mask_is_found():

@@ -65,11 +65,11 @@ def test_token_by_token_gives_the_logits_of_one_pass(engine, alone):
     state, _ = engine.start(PROMPTS, 8)
     rest = np.random.default_rng(0).integers(0, V, (8, 3))
     step = jax.jit(lambda params, cache, token_B: read(engine.blueprint.bind(params), cache, token_B))
-    logits, cache = step(engine.decoding, state.cache, np.array([prompt[-1] for prompt in PROMPTS]))
+    logits, cache = step(engine.decoding(len(PROMPTS))[0], state.cache, np.array([prompt[-1] for prompt in PROMPTS]))
     for t in range(8):
         for row, prompt in enumerate(PROMPTS):
             np.testing.assert_allclose(logits[row], alone([*prompt, *rest[:t, row]])[-1], atol=1e-5)
-        logits, cache = step(engine.decoding, cache, rest[t])
+        logits, cache = step(engine.decoding(len(PROMPTS))[0], cache, rest[t])
 
 
 def test_a_row_writes_the_same_alone_and_among_others_and_however_often_the_host_looks(engine):
@@ -133,6 +133,14 @@ def test_a_row_begins_and_ends_as_forced_and_in_between_as_its_logits_say(engine
             if stop and 9 in begun:  # as the logits have it, before the row is full
                 begun = begun[: begun.index(9)]
             assert new == begun + [9] * (not stop)
+
+
+def test_what_an_encoder_read_is_kept_once_however_many_rows_write_about_it():
+    sizes = dict(layers=1, width=16, heads=2, head_width=8, mlp_width=16)
+    model = Blueprint.of(dict(name="t5", **sizes), vocab=V)
+    state, _ = Engine(model, model.init(0)).start([[1, 2, 3], [4]], 8, copies=3)
+    assert len(state.done_B) == 6
+    assert {x.shape[1] for x in state.cache.cross} == {2} and len(state.cache.real) == 2
 
 
 def test_a_row_ends_where_constraints_leave_no_token(engine):

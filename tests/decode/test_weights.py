@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.decode.weights import lay
-from jaxlm.nn.linear import Turned, dense
+from jaxlm.decode.engine import Engine
+from jaxlm.decode.sampling import Sampling
+from jaxlm.decode.weights import head, lay
+from jaxlm.models import Blueprint
+from jaxlm.nn.linear import Head, Paired, Turned, dense
 
 
 @pytest.mark.parametrize("name, inner", [("wq_DNH", 1), ("wo_NHD", 2), ("up_DF", 1), ("down_FD", 1), ("square_DD", 1)])
@@ -18,6 +21,43 @@ def test_a_turned_weight_multiplies_as_it_did(name, inner):
     assert len(laid) == 3 and all(isinstance(weight, Turned) for weight in laid)
     for layer, weight in enumerate(laid):
         np.testing.assert_allclose(dense(x, weight, axes=inner), dense(x, stack[layer], axes=inner), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, inner", [("wq_DNH", 1), ("wo_NHD", 2), ("up_DF", 1), ("down_FD", 1)])
+def test_pairs_of_bfloat16_multiply_a_row_as_they_did_and_round_nothing(name, inner):
+    shape = [dict(D=40, N=2, H=24, F=33)[letter] for letter in name.rpartition("_")[2]]  # no multiple of 16 among them
+    stack = jax.device_put(jax.random.normal(jax.random.key(0), (3, *shape)), jax.devices()[0])
+    x = jax.random.normal(jax.random.key(1), (1, 1, *shape[:inner]), jnp.bfloat16)
+    laid = lay({"blocks": {"attn": {name: stack}}}, "bfloat16", single=True)["blocks"]["attn"][name]
+    assert len(laid) == 3 and all(isinstance(weight, Paired) for weight in laid)
+    for layer, weight in enumerate(laid):
+        rounded = stack[layer].astype(jnp.bfloat16).astype(jnp.float32)
+        want = dense(x.astype(jnp.float32), rounded, axes=inner)
+        np.testing.assert_allclose(dense(x, weight, axes=inner), want.astype(jnp.bfloat16), rtol=2**-7, atol=1e-5)
+
+
+def test_a_head_of_pairs_gives_the_logits_of_its_table():
+    table_VD = jax.device_put(jax.random.normal(jax.random.key(0), (50, 24)), jax.devices()[0])
+    x_BTD = jax.random.normal(jax.random.key(1), (1, 1, 24), jnp.bfloat16)
+    paired = head(table_VD, "bfloat16", single=True)
+    rounded = table_VD.astype(jnp.bfloat16).astype(jnp.float32)
+    want = Head(rounded, cap=5.0)(x_BTD.astype(jnp.float32))
+    np.testing.assert_allclose(Head(paired, cap=5.0)(x_BTD), want, rtol=1e-5, atol=1e-5)
+    assert head(table_VD, "float32", single=True) is None and head(table_VD, "bfloat16") is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "rnn"])
+def test_a_row_alone_is_continued_as_among_others(name):
+    """In bfloat16 a single row reads weights of another layout; rows differ in rounding alone, so greedy ones agree."""
+    sizes = dict(layers=2, width=16) | (dict(heads=2, mlp_width=24) if name == "t5" else dict(heads=2))
+    section = dict(name="rnn", layers=2, width=16) if name == "rnn" else dict(name=name, context=32, **sizes)
+    blueprint = Blueprint.of(section, vocab=40, dtype="bfloat16")
+    params = jax.tree.map(lambda x: 8 * x, blueprint.init(0))  # so that no two logits are near each other
+    engine, prompts = Engine(blueprint, params), [[3, 5, 7], [11, 2]]
+    ask = lambda rows: engine.generate(rows, Sampling(temperature=0), max_new_tokens=6)  # noqa: E731
+    alone = [ask([prompt])[0] for prompt in prompts]
+    assert alone == ask(prompts) and len(alone[0]) == 6
+    assert ask(prompts[:1]) == alone[:1], "and after a change of the layout"
 
 
 def test_weights_are_as_small_as_what_products_are_computed_in():

@@ -1,5 +1,6 @@
 """`jaxlm prepare` at length: two gigabytes in bounded memory, and kill -9 at random moments."""
 
+import json
 import random
 import subprocess
 import sys
@@ -13,13 +14,13 @@ from jaxlm.data import store
 pytestmark = pytest.mark.endurance
 
 PREPARE = """
-import sys
+import json, sys
 from jaxlm import prepare
-from jaxlm.data import encode
+from jaxlm.data import encode, pipeline
 if __name__ == "__main__":
     path, source, commit, encode.BATCH = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    prepare.COMMIT = commit
-    prepare.prepare(path, dict(docs=source), dict(kind="bytes"), workers=2)
+    prepare.COMMIT = pipeline.PART = commit
+    prepare.prepare(path, dict(docs=source), dict(kind="bytes"), workers=2, **json.loads(sys.argv[5]))
 """
 
 
@@ -58,7 +59,7 @@ def write_lines(path, size, length):
 def test_two_gigabytes_are_prepared_in_one_and_a_half_of_memory(tmp_path):
     documents, size = write_lines(tmp_path / "big.txt", 2 << 30, 20_000)
     begun, peak = time.perf_counter(), 0
-    process = start(tmp_path / "store", f"text:{tmp_path}/big.txt?documents=line", 4 << 20, 1 << 18)
+    process = start(tmp_path / "store", f"text:{tmp_path}/big.txt?documents=line", 4 << 20, 1 << 18, "{}")
     watched = psutil.Process(process.pid)
     while process.poll() is None:
         peak = max(peak, resident(watched))
@@ -72,12 +73,17 @@ def test_two_gigabytes_are_prepared_in_one_and_a_half_of_memory(tmp_path):
     assert peak < 1.5 * 2**30
 
 
-def test_killed_at_random_moments_it_ends_in_the_very_same_bytes(tmp_path):
-    write_lines(tmp_path / "text.txt", 100 << 20, 1_000)
+RULES = dict(clean=["unicode", "pii", dict(name="length", max_words=190)], dedup=dict(near=0.8))
+
+
+@pytest.mark.parametrize("size, rules", [(100 << 20, {}), (20 << 20, RULES)], ids=["plain", "rules"])
+def test_killed_at_random_moments_it_ends_in_the_very_same_bytes(size, rules, tmp_path):
+    write_lines(tmp_path / "text.txt", size, 1_000)
     arguments = (
         f"text:{tmp_path}/text.txt?documents=line",
         1 << 20,
         1 << 15,
+        json.dumps(rules),
     )  # a commit is 32 batches, a shard 16 commits
     begun = time.perf_counter()
     assert start(tmp_path / "straight", *arguments).wait() == 0

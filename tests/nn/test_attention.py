@@ -2,6 +2,7 @@
 
 import types
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -11,7 +12,7 @@ import pytest
 from jaxlm import axes
 from jaxlm.lookup import Mistake
 from jaxlm.nn import triton
-from jaxlm.nn.attention import BACKENDS, KERNELS, Mask, attend, choose, chunked
+from jaxlm.nn.attention import BACKENDS, KERNELS, Attention, Mask, attend, choose, chunked
 
 B, N, K, T, H = 2, 4, 2, 130, 8
 SEGMENTS = jnp.asarray([[1] * 50 + [2] * 60 + [3] * 20, [1] * 100 + [0] * 30])
@@ -96,6 +97,19 @@ def test_queries_continue_a_cache_each_row_at_its_own_slot(backend):
     q, k, v = inputs(5, keys=40)
     mask = Mask(offset_B=jnp.asarray([30, 7]))
     np.testing.assert_allclose(attend(q, k, v, mask, backend), by_hand(q, k, v, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_that_read_the_same_tokens_share_their_keys(packed):
+    layer = Attention(16, N, K, H, bias=True, std=0.5, out_std=0.5, rngs=nnx.Rngs(0))
+    x_BTD, others_BSD = (jax.random.normal(jax.random.key(i), (rows, 5, 16)) for i, rows in enumerate((6, 2)))
+    k, v = layer.keys_values(others_BSD)
+    segments_BT = jnp.asarray([[1, 1, 2, 2, 2]] * 6) if packed else None
+    keys_BS = jnp.asarray([[1, 2, 2, 0, 0], [1, 1, 2, 2, 0]])
+    mask = lambda keys_BS: Mask(causal=False, segments_BT=segments_BT, keys_BS=keys_BS)  # noqa: E731
+    each = jnp.repeat(jnp.arange(2), 3)
+    want = layer.over(x_BTD, k[each], v[each], mask(keys_BS[each]))
+    np.testing.assert_allclose(layer.over(x_BTD, k, v, mask(keys_BS)), want, atol=1e-6)
 
 
 def test_chunks_that_do_not_divide_the_length_change_nothing():

@@ -1,5 +1,7 @@
 """A mixture of experts is the sum over its experts, and drops nothing."""
 
+import re
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,27 @@ def test_it_is_the_dense_sum_over_experts(chosen, renormalised, devices, tokens)
         got = jax.jit(both(lambda m, x: m(x)[0]))(params, x_BTD)
     want = jax.jit(both(dense_sum))(params, x_BTD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_what_devices_share_of_an_expert_is_summed_once_a_token():
+    """Forward, and again for the gradient of what goes in; not for each of the chosen experts."""
+    moe = MoE(D, 16, 4, 2, renormalised=True, std=0.5, out_std=0.5, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(moe)
+    loss = lambda p, x: (nnx.merge(graph, p)(x)[0] ** 2).sum()  # noqa: E731
+    mesh = axes.mesh(fsdp=2, tensor=4)
+    with axes.on(mesh):
+        placed = jax.device_put(params, axes.shardings(params, mesh))
+        x_BTD = axes.put({"x": np.ones((4, 32, D), np.float32)}, 4, mesh)["x"]
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(placed, x_BTD).compile().as_text()
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in _summed(text)]
+    a_token = 4 * 32 // 2 * D
+    assert sizes.count(a_token) == 2 and max(sizes) == a_token, sizes
+
+
+def _summed(program):
+    """The shapes of what is summed over devices."""
+    lines = re.findall(r"= (.*?) all-reduce(?:-start)?\(", program)
+    return [shape for line in lines for shape in re.findall(r"\w+\[([\d,]+)\]", line)]
 
 
 def test_no_token_is_dropped_when_all_choose_one_expert():

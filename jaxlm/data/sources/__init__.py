@@ -83,13 +83,13 @@ def find(spec: str) -> Source:
         kinds = ", ".join(f"{name.replace('_', '-')}:" for name in lookup.names(__name__))
         raise Mistake(f"the source {spec!r} has no kind; write kind:PATH with one of: {kinds}")
     module = lookup.module(__name__, kind)
-    path, options = _options(rest)
-    on_error = options.pop("on_error", "raise")
+    path, given = options(rest)
+    on_error = given.pop("on_error", "raise")
     lookup.key(f"{spec}: on_error", on_error, dict(skip=None, **{"raise": None}))
-    return dataclasses.replace(lookup.spend(f"the source {kind!r}", module.source, options, path), on_error=on_error)
+    return dataclasses.replace(lookup.spend(f"the source {kind!r}", module.source, given, path), on_error=on_error)
 
 
-def _options(rest: str) -> tuple[str, dict[str, str]]:
+def options(rest: str) -> tuple[str, dict[str, str]]:
     """Take "PATH?a=1&b=2" apart."""
     rest, *template = re.split(r"[?&]template=", rest, maxsplit=1)
     options = {"template": template[0]} if template else {}

@@ -10,7 +10,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 import hashlib
+import itertools
 import json
+import re
 from typing import Any, Protocol
 
 from etils import epath
@@ -113,6 +115,41 @@ def train(texts: Iterable[str], spec: Mapping[str, Any]) -> Tokenizer:
         raise Mistake(f"a tokenizer needs a kind, one of: {', '.join(lookup.names(__name__))}")
     kind = options.pop("kind")
     return lookup.spend(f"tokenizer {kind!r}", _kind(kind).train, options, texts)
+
+
+class Named:
+    """A tokenizer of texts in which specials stand by their names: "the <extra_id_0> of", as id and back."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._plain = tokenizer
+        self.vocab, self.bos, self.eos, self.pad = tokenizer.vocab, tokenizer.bos, tokenizer.eos, tokenizer.pad
+        self.specials, self.fingerprint = tokenizer.specials, tokenizer.fingerprint
+        self.add_bos, self.add_eos = tokenizer.add_bos, tokenizer.add_eos
+        self._names = {i: name for name, i in tokenizer.specials.items()}
+        longest = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(longest) or '(?!)'})")
+
+    def encode(self, text: str) -> list[int]:
+        specials, ids = self._plain.specials, []
+        for part in self._pattern.split(text):
+            ids += [specials[part]] if part in specials else self._plain.encode(part) if part else []
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = ""
+        for special, group in itertools.groupby(map(int, ids), self._names.get):
+            run = list(group)
+            text += self._plain.decode(run) if special is None else special * len(run)
+        return text
+
+    def pieces(self) -> list[str]:
+        return self._plain.pieces()
+
+    def save(self, folder: epath.PathLike) -> None:
+        self._plain.save(folder)
 
 
 def sample(texts: Iterable[str], characters: int) -> list[str]:

@@ -53,6 +53,8 @@ class Tokenizer:
         return [*first, *itertools.chain.from_iterable(self._space + ids for ids in rest)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if self._space is None or not any(SPACE in text for text in texts):
+            return self._processor.encode(texts, num_threads=1)  # whoever wants more cores starts more processes
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:

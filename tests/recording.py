@@ -3,7 +3,7 @@
     python -m tests.recording --config=... --workdir=DIR       DIR/batches/STEP-FIRSTROW.npz, one for each process
     KILL_BEFORE=6 python -m tests.recording ...                kill -9 itself when it asks for the batch of step 6
 
-A step that is trained twice, before and after a kill, must be given the same twice. The objective `noisy` lives here.
+A step that is trained twice, before and after a kill, must be given the same twice.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from jaxlm import objectives, program, train
+from jaxlm import program, train
 from jaxlm.data import rows
 
 
@@ -49,6 +49,9 @@ def main() -> None:
     workdir = next(arg.partition("=")[2] for arg in sys.argv if arg.startswith("--workdir="))
     folder = Path(workdir) / "batches"
     folder.mkdir(exist_ok=True)
-    objectives.__path__.append(str(Path(__file__).parent / "objectives"))
     rows.batches = recorded(folder, rows.batches)
     program.run("train", train.main)
+
+
+if __name__ == "__main__":
+    main()

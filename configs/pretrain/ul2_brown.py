@@ -1,0 +1,40 @@
+"""not measured: T5 on the Brown corpus by UL2's mixture of denoisers.
+
+    jaxlm prepare --config=configs/pretrain/ul2_brown.py --config.prepare.sources.brown="jsonl:PATH?field=text"
+    jaxlm train --config=configs/pretrain/ul2_brown.py --workdir=runs/ul2_brown
+
+The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.steps = {"full": 600, "tiny": 2}[size]
+
+    c.store = "data/brown_text_to_text"  # as in t5_brown.py: one store serves both
+    c.prepare = dict(
+        sources=dict(brown="jsonl:data/brown/train.jsonl.gz?field=text"),
+        tokenizer=dict(
+            kind="sentencepiece", algorithm="bpe", vocab=2048,
+            extra=["<mask>", "[NLU]", "[S2S]", "[NLG]", *(f"<extra_id_{i}>" for i in range(100))],
+        ),
+        validation=0.05,
+    )  # fmt: skip
+    c.length, c.batch = 128, 8
+
+    c.objective = dict(name="ul2")
+    c.model = dict(name="t5", layers=3, width=192, heads=6, head_width=32, mlp_width=512)
+    c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
+    c.every = dict(log=50, eval=300, save=300)
+    c.samples = dict(
+        prompts=["[NLU]He said that he had <extra_id_0> to the <extra_id_1> .", "[S2S]He said that he had"], tokens=24
+    )
+    if size == "tiny":
+        c.length, c.batch = 48, 2
+        c.optimizer["warmup"] = 1
+        c.model.update(layers=1, width=32, heads=2, head_width=16, mlp_width=64)
+        c.samples = dict(prompts=["[NLU]The <extra_id_0> of"], tokens=4)
+    return c

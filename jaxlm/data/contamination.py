@@ -1,0 +1,51 @@
+"""Decontamination: training text that shares a long run of words with a named evaluation set is dropped.
+
+    rule = contamination({"squad": "jsonl:squad/test.jsonl.gz?field=context"}, ngram=13)
+    rule("... 13 words in a row that stand in squad ...")      Dropped("squad", "13 words in a row")
+
+It is the last of `jaxlm.data.cleaning`'s rules: it sees the clean text, and is counted by set. Words are compared as
+`jaxlm.data.shingles` normalises them; each n-gram of the sets costs 8 bytes in every worker. Texts of fewer words than
+`ngram` cannot be recognised; the manifest says how many each set has. What goes is in neither split.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data import shingles
+from jaxlm.data import sources as source_kinds
+from jaxlm.data.cleaning import Dropped
+from jaxlm.lookup import Mistake
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contamination:
+    """Named sets of n-gram hashes, each uint64 and sorted; where one is in several sets it counts for the first."""
+
+    grams: Mapping[str, np.ndarray]
+    ngram: int
+    recipe: Mapping[str, Any]
+
+    def __call__(self, text: str) -> str | Dropped:
+        found = np.unique(shingles.hashes(text, self.ngram))
+        for name, grams in self.grams.items():
+            if shared := int(np.isin(found, grams, assume_unique=True).sum()):
+                return Dropped(name, f"{shared:,} runs of {self.ngram} words")
+        return text
+
+
+def contamination(sources: Mapping[str, str], *, ngram: int = 13) -> Contamination:
+    """Read the evaluation sets (name -> source spec). Raises `Mistake` for one that cannot be, or has no n-gram."""
+    if ngram < 1:
+        raise Mistake(f"config.prepare.decontaminate.ngram={ngram} is a number of words, 1 at least")
+    grams, inputs = {}, {}
+    for name, source in {name: source_kinds.find(spec) for name, spec in sources.items()}.items():
+        found = [shingles.hashes(document.text, ngram) for document in source.read()]
+        short = sum(not len(hashes) for hashes in found)
+        grams[name] = np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
+        inputs[name] = dict(source=sources[name], inputs=dict(source.inputs), short=short)
+        if not len(grams[name]):
+            raise Mistake(f"config.prepare.decontaminate: no text of {name} has {ngram} words, so none would be found")
+    return Contamination(grams, ngram, dict(ngram=ngram, sources=inputs))

@@ -1,5 +1,0 @@
-"""Start it."""
-
-from tests.recording import main
-
-main()
