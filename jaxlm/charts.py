@@ -1,4 +1,5 @@
-"""Curves over steps as inline SVG: text stays text, colours are the page's (`--c1` to `--c8` in its CSS), no links.
+"""Pages from templates, and curves and bars as inline SVG: text stays text, no links, colours are the page's (`--c1` to
+`--c8` in its CSS).
 
     draw([Curve(steps, losses, smooth=True), Curve(val_steps, val_losses)], scale="log", size=(9, 3), name="a", alt="")
 
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from html import escape
 import io
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jinja2
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,6 +42,15 @@ class Curve(NamedTuple):
     smooth: bool = False
 
 
+def page(template: str, **values: Any) -> str:
+    """A page from a template of this package, which escapes all that it is not told is safe."""
+    loader = jinja2.PackageLoader("jaxlm", "")
+    known = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return known.get_template(template).render(**values)
+
+
 def draw(
     curves: Sequence[Curve], *, scale: str, size: tuple[float, float], name: str, alt: str, marks: ArrayLike = ()
 ) -> str:
@@ -63,6 +74,27 @@ def draw(
     return _inline(out.getvalue(), name, alt)
 
 
+def histogram(
+    edges: np.ndarray, counts: np.ndarray, *, size: tuple[float, float], name: str, alt: str, label: str
+) -> str:
+    """Counts [n] between edges [n + 1], which stand at equal distances, as one `<svg>`; `label` says what is counted.
+
+    The rest is as in `draw`.
+    """
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=size)
+        width, height = size
+        ax = figure.add_axes((0.46 / width, 0.42 / height, 1 - 0.6 / width, 1 - 0.5 / height))
+        places = np.arange(len(counts) + 1)
+        _axes(ax, "zero", counts, label)
+        ax.bar(places[:-1], counts, width=0.86, align="edge", color=LINES[0])
+        shown = places[:: max(1, len(places) // 10)]
+        ax.set_xticks(shown, [number(float(edges[i])) for i in shown])
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(out.getvalue(), name, alt)
+
+
 def color(i: int) -> str:
     """The CSS colour of the i-th curve of a chart, for its legend."""
     return _themed(LINES[i % len(LINES)])
@@ -77,14 +109,14 @@ def number(value: float) -> str:
     return re.sub(r"e([+-])0*", r"e\1", f"{value:.3g}").replace("e+", "e").replace("-", "\N{MINUS SIGN}")
 
 
-def _axes(ax: Axes, scale: str, values: np.ndarray) -> None:
+def _axes(ax: Axes, scale: str, values: np.ndarray, label: str = "step") -> None:
     """No frame, hairlines to read values off, few ticks."""
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.grid(axis="y", color=GRID, linewidth=0.7)
     ax.set_axisbelow(True)
     ax.tick_params(axis="y", length=0, pad=5)
     ax.tick_params(axis="x", length=3, color=GRID)
-    ax.set_xlabel("step", loc="right", labelpad=1)
+    ax.set_xlabel(label, loc="right", labelpad=1)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.margins(x=0.01)

@@ -64,7 +64,7 @@ class Log:
         self.start_step, self.steps = start_step, steps
         self.flops_per_token = flops_per_token
         self._began = self._last_time = time.monotonic()
-        self._last_step, self._tokens, self.tokens_per_s = start_step, 0, 0.0
+        self._last_step, self._tokens, self._waited, self.tokens_per_s = start_step, 0, 0.0, 0.0
         if not self.writes:
             return
         kept = [line for line in lines(workdir) if line["step"] <= start_step]
@@ -110,20 +110,29 @@ class Log:
         if self.writes:
             self._bar.update(self._task, completed=step)
 
+    def waited(self, seconds: float) -> None:
+        """Note that the step had to wait for its batch."""
+        self._waited += seconds
+
     def pause(self) -> None:
         """Start the clock of tokens/s anew: what came before (an evaluation, a save) was no training."""
-        self._last_time, self._tokens = time.monotonic(), 0
+        self._last_time, self._tokens, self._waited = time.monotonic(), 0, 0.0
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a step, tokens/s since the last such line, MFU and memory where the device tells."""
+        """Write the metrics of a step; since the last such line, tokens/s, the seconds waited for data and their share
+        of the time; MFU and memory where the device tells.
+        """
         now = time.monotonic()
-        self.tokens_per_s = self._tokens / max(now - self._last_time, 1e-9)
-        self._last_time, self._tokens = now, 0
-        values = {**values, "tokens_per_s": self.tokens_per_s, **self._device()}
+        passed = max(now - self._last_time, 1e-9)
+        self.tokens_per_s = self._tokens / passed
+        waited = {"wait_s": self._waited, "wait_share": min(self._waited / passed, 1.0)}
+        self._last_time, self._tokens, self._waited = now, 0, 0.0
+        values = {**values, "tokens_per_s": self.tokens_per_s, **waited, **self._device()}
         self._write(step, values)
         if self.writes:
             left = (self.steps - step) * (now - self._began) / max(step - self.start_step, 1)
             parts = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"{self.tokens_per_s:,.0f} tokens/s"]
+            parts += [f"data wait {100 * values['wait_share']:.1f} %"]
             parts += [f"MFU {100 * values['mfu']:.1f} %"] if "mfu" in values else []
             self._bar.update(self._task, description="  ".join(parts))
             if not self._console.is_terminal:

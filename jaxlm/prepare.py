@@ -2,8 +2,10 @@
 
     jaxlm prepare --config=configs/quickstart.py --config.store=data/python_docs
 
-Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so. --explain (or
---explain=20) shows for a sample of documents what the rules of `config.prepare.clean` do to each, and makes nothing.
+Run again after a kill it goes on where it was, to the very same bytes; run again when done it says so. The store's
+card.html tells what is in it. --explain (or --explain=20) shows for a sample of documents what the rules of
+`config.prepare.clean` do to each, and makes nothing; --show=N prints the first N rows of a finished store as the
+config's model gets them.
 Read `prepare` first.
 """
 
@@ -24,10 +26,10 @@ import rich.console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from jaxlm import config, program
+from jaxlm.data import card, tokenizers
 from jaxlm.data import pipeline as pipelines
 from jaxlm.data import sources as source_kinds
 from jaxlm.data import store as token_store
-from jaxlm.data import tokenizers
 from jaxlm.data.augmentation import Augmentation, Write
 from jaxlm.data.beam import Beam
 from jaxlm.data.encode import dtype, encode
@@ -35,7 +37,7 @@ from jaxlm.data.explain import explain
 from jaxlm.data.pipeline import Local, Pipeline, Reading, Run, Selection
 from jaxlm.data.splits import Splitter
 from jaxlm.data.store import read_json, write_json
-from jaxlm.lookup import Mistake, known, spend
+from jaxlm.lookup import Mistake, keywords, known, spend
 
 COMMIT = 4 << 20  # tokens between two commits: what is held in memory, and what a kill can cost
 SELECTION = "selection"  # the folder in a source's of what `jaxlm.data.pipeline` and `jaxlm.data.beam` keep meanwhile
@@ -99,7 +101,9 @@ def prepare(
         _prepare_source(root / name, reading, recipe, tok, pipeline, augmentation, run)
     for name in found:
         (root / name / SELECTION).rmtree(missing_ok=True)
-    return token_store.open(store)
+    finished = token_store.open(store)
+    card.write(finished)
+    return finished
 
 
 def _select(
@@ -319,10 +323,28 @@ class _Meter:
             print(line, flush=True)
 
 
+def show(settings: Mapping[str, Any], count: int) -> None:
+    """Print the first rows that the config's model is trained on, with their noise, in colour."""
+    from jaxlm import train  # which imports jax
+    from jaxlm.data.display import LEGEND, Display
+
+    store = token_store.open(settings.get("store", ""))
+    tokenizer, console = store.tokenizer(), rich.console.Console(highlight=False)
+    display = Display(tokenizer)
+    console.print(LEGEND)
+    wanted = {key: settings[key] for key in keywords(train.examples) if key in settings}
+    examples = spend("config", train.examples, wanted, store)
+    for number, example in enumerate(itertools.islice(examples, count)):
+        console.print(f"row {number}", style="bold underline")
+        console.print(display.example(example), soft_wrap=True)
+
+
 def main(argv: list[str]) -> None:
     """Read the command line and prepare the store of a config."""
     argv = ["--explain=20" if flag == "--explain" else flag for flag in argv]
-    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0, explain=0, beam="")
+    args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0, explain=0, show=0, beam="")
+    if args.show:
+        return show(args.config.to_dict(), args.show)
     section = args.config.get("prepare", ConfigDict()).to_dict()
     if args.explain:
         known("config.prepare", section, inspect.signature(prepare).parameters)

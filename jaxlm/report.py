@@ -19,7 +19,6 @@ import math
 from typing import Any, NamedTuple
 
 from etils import epath
-import jinja2
 import numpy as np
 
 from jaxlm import charts, program
@@ -40,6 +39,7 @@ TOLD = {
     "tokens",
     "time",
     "wait_s",
+    "wait_share",
 }  # keys of a training line that the page tells in another way
 BASELINES = {
     "validation_bits_per_byte": "this model",
@@ -144,13 +144,10 @@ def _known(rows: list[dict], key: str) -> np.ndarray:
 
 def _page(run: Run) -> str:
     """The whole page."""
-    loader = jinja2.PackageLoader("jaxlm", "")
-    template = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     model = run.config.get("model")
     bars, facts = _bars(run.summary)
-    return template.get_template("report.html.jinja").render(
+    return charts.page(
+        "report.html.jinja",
         run=run,
         model=model["name"] if isinstance(model, dict) and "name" in model else "language model",
         tiles=_tiles(run),
@@ -211,8 +208,8 @@ def _panels(run: Run) -> list[dict[str, Any]]:
         if key == "grad_norm" and len(skipped := _known(run.train, "skipped")):
             marks = steps[np.diff(np.nan_to_num(_values(run.train, "skipped")), prepend=0) > 0]
             note += f"; {skipped.max():,.0f} steps skipped" + (" (marked)" if len(marks) else "")
-        if key == "tokens_per_s" and len(waits := _known(run.train, "wait_s")):
-            note += f"; {np.median(waits) * 1e3:.1f} ms data wait"
+        if key == "tokens_per_s" and len(shares := _known(run.train, "wait_share")):
+            note += f"; {np.mean(shares):.1%} of the time waiting for data"
         known = _known(run.train, key)
         alt = f"{title} by step: from {charts.number(known[0])} to {charts.number(known[-1])}"
         curve = Curve(steps, _values(run.train, key), smooth=key != "lr")

@@ -8,7 +8,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Read `train` from
 `jaxlm.step`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import json
@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-from jaxlm import axes, lookup, program, report
+from jaxlm import axes, lookup, objectives, program, report
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
@@ -80,7 +80,9 @@ def train(
         )  # fmt: skip
         if samples and blueprint.kind == "encoder":
             raise Mistake(f"config.samples: {blueprint.name} is an encoder, which writes no text; leave them out")
-        stream, features = lookup.spend("config.data", _stream, data, tokens, task, seed=seed)
+        stream, features = lookup.spend(
+            "config.data", _stream, data, tokens, task, seed=seed, batch=batch, until=steps * batch
+        )
         held_out = lookup.spend("config.evaluation", _held_out, evaluation, tokens, task)
         measure = jax.jit(lambda params, batch: task.loss(blueprint.bind(params), batch))
 
@@ -127,11 +129,11 @@ def train(
                     log.say(f"{len(given[0]):,} of {tokens.vocab:,} tokens begin with a text vector")
             local, noise = axes.local_rows(batch, grid, rules), None if task.exact else seed
             batches = rows.batches(stream, batch=batch, start_step=start, rows=local, features=features, seed=noise)
-            metrics, found, waited = {}, {}, 0.0
+            metrics, found = {}, {}
             for step in range(start + 1, steps + 1):
                 asked = time.monotonic()
                 host_batch = next(batches)
-                waited += time.monotonic() - asked
+                log.waited(time.monotonic() - asked)
                 _check(host_batch, blueprint.config.vocab, first=step == start + 1)
                 before, (state, metrics) = metrics, update(state, axes.put(host_batch, batch, grid, rules))
                 if before:  # of the step before, so that the device is never idle while the host looks
@@ -141,8 +143,8 @@ def train(
                 if step % when.log == 0 or last or stopping:
                     _note(log, metrics, step, limits.patience)
                     numbers = {key: float(value) for key, value in metrics.items()}
-                    log.train(step, numbers | {"lr": float(rate(step - 1)), "wait_s": waited})
-                    metrics, waited = {}, 0.0
+                    log.train(step, numbers | {"lr": float(rate(step - 1))})
+                    metrics = {}
                 if ((when.eval and step % when.eval == 0) or last) and not stopping:
                     found = evaluate(step)
                     stopping = stop.asked  # not a step later: the grace period runs
@@ -205,20 +207,44 @@ def _stream(
     task: Objective,
     *,
     seed: int,
-    weights: Section = None,
+    batch: int,
+    until: int,
     packing: str = "best_fit",
     isolate: bool = True,
+    weights: Section = None,
+    temperature: float | None = None,
+    cap: float | None = None,
+    epochs: Any = None,
+    schedule: Any = None,
 ) -> tuple[Any, Callable]:
     """The endless stream of training rows, and what turns a row into an example.
 
+    How the sources are mixed is said by `weights` and the options below it (`jaxlm.data.mixing.plan`; `cap` in tokens).
     With `isolate=False` documents of a row see each other, and a causal model need not know where one ends.
     """
     stream = rows.train(
-        store, length=task.row, seed=seed, packing=packing, isolate=isolate, pairs=task.pairs, weights=weights
-    )
+        store, length=task.row, seed=seed, packing=packing, isolate=isolate, pairs=task.pairs, batch=batch,
+        until=until, weights=weights, temperature=temperature, epochs=epochs, schedule=schedule,
+        cap=cap / task.row if isinstance(cap, int | float) else cap,
+    )  # fmt: skip
     if isolate or not task.exact:
         return stream, task.features
     return stream, lambda row, rng: {k: x for k, x in task.features(row, rng).items() if k != "segments"}
+
+
+def examples(
+    store: Store, *, model: Section, steps: int, batch: int, length: int, seed: int = 0, objective: Section = None,
+    data: Section = None,
+) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
+    """The training examples of a config one by one, in their order and with their noise, without the model."""
+    words = Words.of(store.tokenizer())
+    kind = Blueprint.of(model or {}, vocab=words.vocab).kind
+    task = objectives.of(objective, length=length, words=words, kind=kind)
+    more = dict(seed=seed, batch=batch, until=steps * batch)
+    stream, features = lookup.spend("config.data", _stream, data, store, task, **more)
+    noise = None if task.exact else seed
+    for one in rows.batches(stream, batch=1, features=features, seed=noise, threads=0):
+        yield {name: values[0] for name, values in one.items()}
 
 
 def _held_out(

@@ -83,13 +83,13 @@ def arrays(workdir: Path) -> list[np.ndarray]:
     return found
 
 
-def command(workdir: Path, store: str, *flags: str) -> list[str]:
+def command(workdir: Path, store: str, *flags: str, module: str = "jaxlm.train") -> list[str]:
     path = Path(workdir) / "config.py"
     path.write_text(CONFIG)
     return [
         sys.executable,
         "-m",
-        "jaxlm.train",
+        module,
         f"--config={path}",
         f"--workdir={workdir}",
         f"--config.store={store}",
@@ -107,10 +107,13 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def run(workdir: Path, store: str, *flags: str, background: bool = False, check: int = 0, **more: str) -> Any:
+def run(
+    workdir: Path, store: str, *flags: str, background: bool = False, check: int = 0, module: str = "jaxlm.train",
+    **more: str,
+) -> Any:  # fmt: skip
     """Run `jaxlm train` in a process of its own: its output, or the process if it stays in the background."""
     process = subprocess.Popen(
-        command(workdir, store, *flags),
+        command(workdir, store, *flags, module=module),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -123,14 +126,15 @@ def run(workdir: Path, store: str, *flags: str, background: bool = False, check:
     return output
 
 
-def two_processes(workdir: Path, store: str, *flags: str) -> list[str]:
+def two_processes(workdir: Path, store: str, *flags: str, module: str = "jaxlm.train") -> list[str]:
     """Run `jaxlm train` as two processes that find each other on this machine, and return what they print."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     hosts = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2")
     flags = ("--config.mesh.data=2", *flags)
-    both = [run(workdir, store, *flags, background=True, **hosts, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    how = dict(background=True, module=module)
+    both = [run(workdir, store, *flags, **how, **hosts, JAX_PROCESS_ID=str(i)) for i in range(2)]
     outputs = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
     return outputs

@@ -233,3 +233,20 @@ def test_the_command_prepares_what_the_config_says(corpus, tmp_path, capsys):
         program.main([*flags, "--config.prepare.validation=0.2"])
     program.main([*flags, "--config.prepare.validation=0.2", "--overwrite"])
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_the_rows_of_a_config_are_shown_as_its_model_gets_them(corpus, tmp_path, capsys):
+    from tests.runs import CONFIG
+
+    def show(*flags, made="store"):
+        program.main([f"--config={tmp_path}/config.py", f"--config.store={tmp_path}/{made}", "--show=3", *flags])
+        return capsys.readouterr().out.partition("row 0")[2]
+
+    (tmp_path / "config.py").write_text(CONFIG)
+    prepare(f"{tmp_path}/store", dict.fromkeys(("prose", "lists"), f"jsonl:{tmp_path}/docs.jsonl"), BYTES, workers=1)
+    shown = show()
+    assert shown.count("tokens  [1]") == 3 and "[2]" in show("--config.data.packing=split")
+    with pytest.raises(Mistake, match="did you mean 'best_fit'"):
+        show("--config.data.packing=bestfit")
+    with pytest.raises(Mistake, match="no token store at"):
+        show(made="nowhere")

@@ -57,6 +57,24 @@ def test_it_learns_and_writes_what_a_workdir_holds(store, whole):
     assert summary["parameters"] > 0 and 0 < summary["validation_bits_per_byte"] < 8
 
 
+def test_the_share_of_the_time_that_steps_wait_for_data_is_told(store, tmp_path, capsys):
+    train.train(str(tmp_path), store=store, **settings(steps=4))
+    logged = [x for x in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "eval" not in x]
+    assert all(0 <= line["wait_share"] <= 1 and line["wait_s"] >= 0 for line in logged)
+    assert "  data wait " in capsys.readouterr().out
+    assert "of the time waiting for data" in (tmp_path / "report.html").read_text()
+
+
+def test_each_source_is_evaluated_by_itself(store, whole):
+    evaluated = [x for x in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "eval" in x]
+    last = {x["eval"]: x for x in evaluated if x["step"] == STEPS}
+    assert set(last) == {"lists", "prose"} and all({"loss", "bits_per_byte"} <= x.keys() for x in last.values())
+    summary = json.loads((whole / "summary.json").read_text())
+    for key in ("loss", "bits_per_byte"):
+        assert last["lists"][key] != last["prose"][key]
+        assert summary[f"validation_{key}"] == pytest.approx(np.mean([x[key] for x in last.values()]))
+
+
 def test_a_finished_run_trains_no_further(store, whole):
     before = arrays(whole)
     train.train(str(whole), store=store, **settings())
@@ -184,6 +202,10 @@ def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_p
         (dict(optimizer=dict(warm_up=3)), "did you mean 'warmup'"),
         (dict(data=dict(packing="bestfit")), "did you mean 'best_fit'"),
         (dict(data=dict(weights=dict(pros=1.0))), "did you mean 'prose'"),
+        (dict(data=dict(temprature=2.0)), "config.data has no 'temprature'; did you mean 'temperature'"),
+        (dict(data=dict(cap="many")), "data.cap is a number above 0, not 'many'"),
+        (dict(data=dict(epochs=0.1)), "data.epochs: after .* no source is left, and the run asks for more"),
+        (dict(data=dict(schedule=[(0, dict(prose=1.0)), (5, dict(list=1.0))])), "from step 5: .*did you mean 'lists'"),
         (dict(mesh=dict(fsdp=3)), "does not fit 8 devices"),
         (dict(mesh=dict(tensors=3)), "did you mean 'tensor'"),
         (dict(accumulate=3), "no multiple of config.accumulate"),

@@ -15,17 +15,18 @@
 Noise (masking, span corruption) is a function of (seed, row) too: `batches(..., features=corrupt, seed=seed)`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 import sys
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 import zlib
 
 import grain
 from grain.experimental import index_shuffle
 import numpy as np
 
+from jaxlm.data.mixing import plan
 from jaxlm.data.packing import PACKINGS, Plan, alone, best_fit
 from jaxlm.data.store import Split, Store
 from jaxlm.lookup import Mistake, key, miss
@@ -94,25 +95,33 @@ def train(
     packing: str = "best_fit",
     isolate: bool = True,
     pairs: bool = False,
-    weights: Mapping[str, float] | None = None,
+    **mixing: Any,
 ) -> grain.MapDataset[Row]:
     """The endless stream of training rows: element i is a pure function of (seed, i).
 
-    Each source goes through its rows epoch after epoch, in a new order each time. `weights` are the sources' shares of
-    all rows (to within 1 %), from the first rows on and in any stretch; without them, each has the share of its size.
-    With `pairs`, nothing is packed: each row is a piece of one document, with a piece of another one of its source.
-    Raises `Mistake` for a source that the store does not hold, weights without a positive one, a length below 2, a
-    source in which there is nothing to predict, or of one document where `pairs` are asked for.
+    Each source goes through its rows epoch after epoch, in a new order each time; how they take turns is said by the
+    options of `jaxlm.data.mixing.plan`: without any, each has the share of its size. With `pairs`, nothing is packed:
+    each row is a piece of one document, with a piece of another one of its source. Raises `Mistake` for wrong options,
+    for a source that the store does not hold, a length below 2, a source in which there is nothing to predict, or of
+    one document where `pairs` are asked for.
     """
     pack = key("data.packing", "alone" if pairs else packing, PACKINGS)
-    streams, shares = [], []
-    for source in store.sources if weights is None else _positive(store, weights):
+
+    @cache
+    def rows(source: str) -> Rows:
         split = store.split(source, "train")
-        rows = Rows(split, _plan(pack, store, source, split, length), isolate, pairs)
-        _check_pairs(rows, store, source)
-        streams.append(_epochs(rows, _fold(seed, source)))
-        shares.append(len(rows) if weights is None else weights[source])
-    return grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
+        found = Rows(split, _plan(pack, store, source, split, length), isolate, pairs)
+        _check_pairs(found, store, source)
+        return found
+
+    mixture = plan(store.sources, lambda source: len(rows(source)), **mixing)
+    endless = {source: _epochs(rows(source), _fold(seed, source)) for source in mixture.names}
+
+    def row(index: int) -> Row:
+        source, nth = mixture[index]
+        return cast(Row, endless[source][nth])
+
+    return grain.MapDataset.range(sys.maxsize).map(row)
 
 
 def validation(store: Store, source: str, *, length: int, documents: int | None = None, pairs: bool = False) -> Rows:
@@ -171,18 +180,6 @@ def batches(
     # A batch is made at once: each of Grain's layers costs 5 to 15 µs an element.
     steps = grain.MapDataset.range(start_step, max(-(-count // batch), start_step)).map(stacked)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
-
-
-def _positive(store: Store, weights: Mapping[str, float]) -> list[str]:
-    """The sources with a positive weight, in an order that does not depend on how the config was written."""
-    for source, weight in weights.items():
-        if source not in store.sources:
-            raise miss(f"store {store.path}", source, store.sources)
-        if not 0 <= weight < np.inf:
-            raise Mistake(f"data.weights: {source} has {weight}; a weight is a number from 0 up")
-    if not any(weights.values()):
-        raise Mistake(f"data.weights {dict(weights)} has no positive weight; sources: {', '.join(store.sources)}")
-    return sorted(source for source, weight in weights.items() if weight)
 
 
 def _plan(pack: Callable[..., Plan], store: Store, source: str, split: Split, length: int) -> Plan:

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -37,14 +38,17 @@ def write_tfds(folder):
         url_infos, code_path = {}, None  # what it would look up beside the code of a registered data set
 
         def _info(self):
-            features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int32)})
+            text, number = tfds.features.Text(), tfds.features.Scalar(np.int32)
+            features = tfds.features.FeaturesDict(
+                {"text": text, "n": number, "qa": {"a": tfds.features.Sequence(text)}}
+            )
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
         def _split_generators(self, _):
             return {"train": self._generate_examples()}
 
         def _generate_examples(self):
-            yield from ((n, {"text": f"résumé {n}\n", "n": n}) for n in range(5))
+            yield from ((n, {"text": f"résumé {n}\n", "n": n, "qa": {"a": ["ja", "nö"]}}) for n in range(5))
 
     Tiny(data_dir=folder, config="small", file_format="array_record").download_and_prepare()
 
@@ -58,6 +62,13 @@ def corpus(tmp_path_factory):
     (folder / "a.jsonl").write_text('{"text": "one", "body": "eins"}\n\n{"text": "two\\n", "body": "zwei"}\n')
     pq.write_table(pa.table({"text": ["one", "two\n"], "body": ["eins", "zwei"]}), folder / "a.parquet")
     write_tfds(folder)
+    qa = [dict(text=f"Really? & why {n}", qa=dict(a=["ja", "nö"], n=n), label=n) for n in range(3)]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in qa))
+    pq.write_table(pa.Table.from_pylist(qa), folder / "qa.parquet")
+    (folder / "hub").mkdir()
+    for split in ("train", "validation"):
+        rows = [dict(text=f"{split} {n}\n", qa=dict(a=["ja", "nö"])) for n in range(3)]
+        (folder / "hub" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -80,6 +91,43 @@ def test_tfds_is_read_without_tensorflow(corpus):
     assert texts(f"tfds:tiny/small:train?data_dir={corpus}") == [f"résumé {n}\n" for n in range(5)]
     assert texts(f"tfds:tiny/small:train[1:3]?data_dir={corpus}") == ["résumé 1\n", "résumé 2\n"]
     assert "tensorflow" not in sys.modules
+
+
+def test_a_folder_of_data_files_is_streamed_as_the_hub_would_be(corpus):
+    pytest.importorskip("datasets")
+    assert texts(f"hf:{corpus}/hub:validation") == [f"validation {n}\n" for n in range(3)]
+    assert texts(f"hf:{corpus}/hub:train?template={{qa.a.1}} {{text}}") == [f"nö train {n}\n" for n in range(3)]
+    found = sources.find(f"hf:{corpus}/hub:train")
+    assert list(found.read()) == list(found.read()) and found.inputs["files"] == 2
+
+
+def test_a_data_set_that_is_nowhere_is_refused_quickly_also_without_a_network(corpus, monkeypatch):
+    """Where the Hub cannot be reached, and where it does not know the name."""
+    pytest.importorskip("datasets")
+    hub = pytest.importorskip("huggingface_hub")
+    began = time.monotonic()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub.hf_api.api, "endpoint", "http://127.0.0.1:9", raising=False)
+    with pytest.raises(
+        Mistake, match="hf:data/mine:train: no such folder here, and the Hugging Face Hub cannot be asked"
+    ):
+        texts("hf:data/mine:train")
+    assert time.monotonic() - began < 5
+
+
+TEMPLATE = "Q: {text}? {{x}} A: {qa.a.0}/{qa.n}&{label}\n"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_template_makes_one_text_of_several_fields(corpus, kind):
+    expected = [f"Q: Really? & why {n}? {{x}} A: ja/{n}&{n}\n" for n in range(3)]
+    assert texts(f"{kind}:{corpus}/qa.{kind}?on_error=skip&template={TEMPLATE}") == expected
+
+
+def test_a_template_reaches_into_the_features_of_tfds(corpus):
+    spec = f"tfds:tiny/small:train[:2]?data_dir={corpus}&template={{n}}: {{qa.a.1}}, {{text}}"
+    assert texts(spec) == [f"{n}: nö, résumé {n}\n" for n in range(2)]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -198,7 +246,7 @@ def test_empty_documents_are_counted_and_left_out(tmp_path):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("{}/a.txt", "has no kind; write kind:PATH with one of: jsonl:, parquet:, python-docs:"),
+        ("{}/a.txt", "has no kind; write kind:PATH with one of: hf:, jsonl:, parquet:, python-docs:"),
         ("txt:{}/a.txt", "did you mean 'text'"),
         ("text:{}/aa.txt", r"no file matches .*aa.txt.* \(in .*: a.txt"),
         ("text:{}/*.text", r"no file matches .*\*.text"),
@@ -212,7 +260,24 @@ def test_empty_documents_are_counted_and_left_out(tmp_path):
         ("parquet:{}/a.txt", "a.txt: damaged, or not a Parquet file"),
         ("tfds:tiny", "needs a name and a split"),
         ("tfds:tiny/small:test?data_dir={}", "cannot open 'tiny/small', split 'test'"),
-        ("tfds:tiny/small:train?data_dir={}&field=txt", "has no field 'txt'; choose one with [?]field=: n, text"),
+        ("tfds:tiny/small:train?data_dir={}&field=txt", "the data set has no 'txt'; did you mean 'text'"),
+        ("hf:{}", "needs a name and a split, as in hf:"),
+        ("hf:{}/hub:test", "hf cannot open .*/hub', configuration 'default', split 'test': .*'train', 'validation'"),
+        ("hf:{}/hub:train?config=large", "hf cannot open .*/hub', configuration 'large'"),
+        ("hf:{}/hub:train?field=body", "hub:train: the data set has no 'body'. Choices: qa, text"),
+        ("hf:{}/hub:train?feild=text", "did you mean 'field'"),
+        ("hf:bad name!:train", "hf:bad name!:train: neither a folder here nor a data set of the Hub"),
+        ("jsonl:{}/a.jsonl?field=text&template={{text}}", "the text is one or the other"),
+        ("jsonl:{}/a.jsonl?template=text", "template=text names no field; write it in braces"),
+        ("jsonl:{}/a.jsonl?template={{text", "a brace that is text is written twice"),
+        ("jsonl:{}/a.jsonl?template={{text!r}}", "between braces stands the name of a field"),
+        ("jsonl:{}/a.jsonl?template={{text:>9}}", "between braces stands the name of a field"),
+        ("jsonl:{}/a.jsonl?template={{txt}}", "a.jsonl, line 1: the record has no 'txt'; did you mean 'text'"),
+        ("jsonl:{}/a.jsonl?template={{text.0}}", "line 1: text is str, which holds no '0'"),
+        ("parquet:{}/a.parquet?template={{txt}}", "a.parquet: the schema has no 'txt'; did you mean 'text'"),
+        ("jsonl:{}/qa.jsonl?template={{qa.b}}", "line 1: qa: the record has no 'b'. Choices: a"),
+        ("jsonl:{}/qa.jsonl?template={{qa.a.2}}", "line 1: qa.a has no place '2'; it has 2, counted from 0"),
+        ("jsonl:{}/qa.jsonl?template={{qa.a}}", "line 1: the field 'qa.a' is list, not text"),
     ],
 )
 def test_mistakes_in_a_spec_are_answered_with_the_choices(spec, message, corpus):

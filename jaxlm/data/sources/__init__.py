@@ -4,14 +4,17 @@
     jsonl:shards/**/*.jsonl.zst?field=body     one JSON object a line
     parquet:data/*.parquet?field=text
     tfds:lm1b:train?data_dir=/data             TensorFlow Datasets, without TensorFlow
+    hf:Salesforce/wikitext:train?config=wikitext-2-raw-v1      the Hugging Face Hub, streamed; or a folder of files
+    jsonl:qa.jsonl?template=Q: {question}? A: {answer}         records become text by a template (jaxlm.data.records)
     python-docs:    python-source:             what ships with every Python
 
 Every kind takes `on_error=raise|skip`: what is done with text that cannot be read. The options begin at the last "?"
 that a `name=` follows, so that "?" and every other sign may stand in a path; values are taken as they are, unescaped.
+`template=` comes last: all that follows it is the template.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import re
 from typing import NamedTuple
@@ -88,10 +91,12 @@ def find(spec: str) -> Source:
 
 def options(rest: str) -> tuple[str, dict[str, str]]:
     """Take "PATH?a=1&b=2" apart."""
+    rest, *template = re.split(r"[?&]template=", rest, maxsplit=1)
+    options = {"template": template[0]} if template else {}
     if not (match := re.fullmatch(r"(.*)\?(\w+=[^?]*)", rest, re.DOTALL)):
-        return rest, {}
+        return rest, options
     pairs = [pair.partition("=") for pair in match[2].split("&")]
-    return match[1], {name: value for name, _, value in pairs}
+    return match[1], options | {name: value for name, _, value in pairs}
 
 
 def pieces(text: str) -> Iterator[Document]:
@@ -100,29 +105,3 @@ def pieces(text: str) -> Iterator[Document]:
     for piece in cut(text, PIECE):
         yield Document(piece, start, len(text))
         start += len(piece)
-
-
-def field(record: Mapping[str, object], name: str, where: str) -> str:
-    """The text in a record's field; raises `Fault` where there is none."""
-    text = record.get(name)
-    if text is None:
-        raise Fault("missing field", f"{where}: {lookup.miss('the record', name, record)}")
-    text = text.decode(errors="surrogateescape") if isinstance(text, bytes) else text
-    if not isinstance(text, str):
-        raise Fault("not text", f"{where}: the field {name!r} is {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:  # JSON can spell half a character
-        raise Fault("invalid UTF-8", f"{where}: not valid Unicode at character {e.start} of {name!r}") from None
-    return text
-
-
-def records(rows: Iterable[tuple[str, Mapping[str, object]]], name: str, report: Report) -> Iterator[Document]:
-    """Documents from the field `name` of rows, each given with where it stands."""
-    for where, row in rows:
-        try:
-            text = field(row, name, where)
-        except Fault as fault:
-            report(fault)
-        else:
-            yield from pieces(text)

@@ -1,4 +1,4 @@
-"""JSON lines: `jsonl:PATH?field=text`, one object a line, its text in one field."""
+"""JSON lines: `jsonl:PATH?field=text`, one object a line, its text in one field; or by a template over several."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -7,19 +7,21 @@ import json
 from etils import epath
 
 from jaxlm.data import files
-from jaxlm.data.sources import Document, Fault, Report, Source, records
+from jaxlm.data.records import Text, documents
+from jaxlm.data.sources import Document, Fault, Report, Source
 from jaxlm.data.sources.text import decode
 
 
-def source(path: str, *, field: str = "text") -> Source:
+def source(path: str, *, field: str | None = None, template: str | None = None) -> Source:
     """Files of JSON objects, one a line; blank lines are passed over."""
+    text = Text(field, template)
     names = files.match(path)
-    return Source(partial(_documents, names, field), files.inputs(names), files.plain_size(names))
+    return Source(partial(_documents, names, text), files.inputs(names), files.plain_size(names))
 
 
-def _documents(names: list[epath.Path], field: str, report: Report) -> Iterator[Document]:
+def _documents(names: list[epath.Path], text: Text, report: Report) -> Iterator[Document]:
     for name in names:
-        yield from records(_rows(name, report), field, report)
+        yield from documents(_rows(name, report), text, report)
 
 
 def _rows(name: epath.Path, report: Report) -> Iterator[tuple[str, Mapping[str, object]]]:

@@ -1,39 +1,39 @@
-"""Parquet: `parquet:PATH?field=text`, one column of text, read a batch at a time."""
+"""Parquet: `parquet:PATH?field=text`, a column of text or a template over several, read a batch at a time."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-import itertools
 
 from etils import epath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxlm import lookup
 from jaxlm.data import files
-from jaxlm.data.sources import Document, Report, Source, records
+from jaxlm.data.records import Text, documents
+from jaxlm.data.sources import Document, Report, Source
 from jaxlm.lookup import Mistake
 
 ROWS = 1024  # in one batch
 
 
-def source(path: str, *, field: str = "text") -> Source:
-    """Parquet files; only the column `field` is read."""
-    names = files.match(path)
-    return Source(partial(_documents, names, field), files.inputs(names))
+def source(path: str, *, field: str | None = None, template: str | None = None) -> Source:
+    """Parquet files; only the columns that the text is made from are read."""
+    text, names = Text(field, template), files.match(path)
+    return Source(partial(_documents, names, text), files.inputs(names))
 
 
-def _documents(names: list[epath.Path], field: str, report: Report) -> Iterator[Document]:
+def _documents(names: list[epath.Path], text: Text, report: Report) -> Iterator[Document]:
     for name in names:
-        yield from records(_rows(name, field), field, report)
+        yield from documents(_rows(name, text), text, report)
 
 
-def _rows(name: epath.Path, field: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+def _rows(name: epath.Path, text: Text) -> Iterator[tuple[str, Mapping[str, object]]]:
     try:
         with name.open("rb") as raw, pq.ParquetFile(raw) as file:
-            lookup.key(f"{name}: the schema", field, {column: None for column in file.schema_arrow.names})
-            batches = file.iter_batches(batch_size=ROWS, columns=[field])
-            values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for number, value in enumerate(values, 1):
-                yield f"{name}, row {number}", {field: value}
+            text.check(f"{name}: the schema", file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(batch_size=ROWS, columns=text.columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{name}, row {number}", row
     except (pa.ArrowInvalid, OSError) as e:
         raise Mistake(f"{name}: damaged, or not a Parquet file: {e}") from e

@@ -1,6 +1,7 @@
 """TensorFlow Datasets: `tfds:NAME/CONFIG:SPLIT?field=text&data_dir=DIR`.
 
     tfds:wiki40b/en:train            tfds:my_corpus:train[:10%]?field=body&data_dir=/data
+    tfds:squad:train?template={question} {answers.text.0}
 
 TensorFlow is not needed; the data set is in ArrayRecord files.
 """
@@ -9,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
-from jaxlm.data.sources import Document, Report, Source, records
+from jaxlm.data.records import Text, documents
+from jaxlm.data.sources import Document, Report, Source
 from jaxlm.lookup import Mistake
 
 
-def source(path: str, *, field: str = "text", data_dir: str | None = None) -> Source:
+def source(path: str, *, field: str | None = None, template: str | None = None, data_dir: str | None = None) -> Source:
     """A data set that is prepared already, in its `data_dir`; nothing is downloaded."""
+    text = Text(field, template)
     name, colon, split = path.partition(":")
     if not (name and colon and split):
         raise Mistake(f"tfds:{path} needs a name and a split, as in tfds:wiki40b/en:train")
@@ -27,14 +30,13 @@ def source(path: str, *, field: str = "text", data_dir: str | None = None) -> So
     except Exception as e:  # of many kinds: unknown name, split, folder, file format
         where, why = data_dir or "its default folder", str(e).splitlines()[0]
         raise Mistake(f"tfds cannot open {name!r}, split {split!r}, in {where}: {why}") from e
-    if field not in rows[0]:
-        raise Mistake(f"tfds:{path} has no field {field!r}; choose one with ?field=: {', '.join(rows[0])}")
+    text.check(f"tfds:{path}: the data set", rows[0])
     inputs = dict(documents=len(rows), version=str(rows.dataset_info.version))
-    return Source(partial(_documents, rows, path, field), inputs)
+    return Source(partial(_documents, rows, path, text), inputs)
 
 
-def _documents(rows: Any, path: str, field: str, report: Report) -> Iterator[Document]:
-    yield from records(_rows(rows, path), field, report)
+def _documents(rows: Any, path: str, text: Text, report: Report) -> Iterator[Document]:
+    yield from documents(_rows(rows, path), text, report)
 
 
 def _rows(rows: Any, path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
