@@ -117,6 +117,8 @@ class Model(nnx.Module):
         """
         c = self.config
         blocks, layers = (self.generator, c.generator) if generator else (self.blocks, c.layers)
+        if blocks is None:
+            raise Mistake("this model has no generator (config.model.generator=0)")
         if tokens_BT.shape[1] > c.context:
             raise Mistake(f"bert: {tokens_BT.shape[1]} tokens, but config.model.context={c.context}")
         if types_BT is not None and self.types_CD is None:
