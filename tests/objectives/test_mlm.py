@@ -1,5 +1,6 @@
 """Masked language modelling: what is masked, how much of it, by what; and pairs of texts."""
 
+import dataclasses
 import functools
 
 from hypothesis import given
@@ -167,8 +168,8 @@ def store():
 
 
 EACH_TOKEN = Words(
-    special_V=KNOWN.special_V, opens_V=np.ones(V, bool), closes_V=np.ones(V, bool), specials=KNOWN.specials,
-    bos=CLS, eos=SEP, pad=PAD,
+    special_V=KNOWN.special_V, opens_V=np.ones(V, bool), closes_V=np.ones(V, bool), stops_V=KNOWN.stops_V,
+    specials=KNOWN.specials, bos=CLS, eos=SEP, pad=PAD,
 )  # fmt: skip
 
 
@@ -311,8 +312,8 @@ def test_a_wrong_option_is_named(options, message):
 
 
 def test_a_tokenizer_without_a_mask_or_ends_is_refused():
-    bare = Words(KNOWN.special_V, KNOWN.opens_V, KNOWN.closes_V, {}, None, None, 0)
+    bare = dataclasses.replace(KNOWN, specials={}, bos=None, eos=None)
     with pytest.raises(Mistake, match=f"no mask token .*tokenizer.extra=\\['{MASK[0]}'\\]"):
         mlm.row(LENGTH, bare)
     with pytest.raises(Mistake, match="has no bos or no eos"):
-        mlm.row(LENGTH, Words(KNOWN.special_V, KNOWN.opens_V, KNOWN.closes_V, KNOWN.specials, None, 3, 0), next="nsp")
+        mlm.row(LENGTH, dataclasses.replace(KNOWN, bos=None), next="nsp")
