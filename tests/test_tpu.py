@@ -30,7 +30,10 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+SIMPLE = pytest.mark.endurance  # the other two split by all that these do
+
+
+@pytest.mark.parametrize("mesh", [pytest.param(m, marks=SIMPLE) if m in ("data", "fsdp") else m for m in MESHES])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
     slices, sizes = MESHES[mesh]

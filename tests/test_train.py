@@ -87,13 +87,16 @@ def test_another_seed_is_another_run(store, whole, tmp_path):
     assert losses(whole) != losses(tmp_path)
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(dict(data=8), marks=pytest.mark.endurance), dict(data=2, fsdp=2, tensor=2)]
+)
 def test_it_resumes_on_eight_devices_with_the_same_losses(store, whole, tmp_path, mesh):
     train.train(str(tmp_path), store=store, **settings(steps=5))
     train.train(str(tmp_path), store=store, **settings(mesh=mesh))
     np.testing.assert_allclose(losses(tmp_path), losses(whole), atol=1e-5)
 
 
+@pytest.mark.endurance
 def test_it_resumes_on_two_processes_with_the_same_losses(store, whole, tmp_path):
     train.train(str(tmp_path), store=store, **settings(steps=5))
     two_processes(tmp_path, store)

@@ -267,7 +267,8 @@ def test_encoder_decoder_workdirs_translate_and_paraphrase(corpus, tmp_path):
         )
     copied = read(made.split("few", "train"), made.tokenizer())
     assert {"A dog barks.", "It rains. It pours!", ("long " * 100)} <= set(copied)
-    assert made.manifest("few")["copies"] == dict(translate=2, paraphrase=4) and len(copied) == 9
+    copies = made.manifest("few")["copies"]  # what an untrained model writes twice is one copy
+    assert 1 <= copies["translate"] <= 2 <= copies["paraphrase"] <= 4 and len(copied) == 3 + sum(copies.values())
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
