@@ -224,8 +224,10 @@ def _held_out(
 ) -> dict[str, rows.Rows]:
     """The validation rows of each source that has any; `documents` bounds how many of each."""
     named = [s for s in store.sources if len(store.split(s, "validation"))] if sources is None else sources
-    how = dict(length=task.row, documents=documents, pairs=task.pairs)
-    return {source: rows.validation(store, source, **how) for source in named}
+    return {
+        source: rows.validation(store, source, length=task.row, documents=documents, pairs=task.pairs)
+        for source in named
+    }
 
 
 def _measure(

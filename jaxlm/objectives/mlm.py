@@ -139,9 +139,7 @@ def _runs(
     taken, parted = np.zeros(len(starts), bool), np.cumsum(~joined)
     for length in 1 + np.searchsorted(SPAN, rng.random(len(starts))):
         for size in range(min(int(length), longest, len(starts)), 0, -1):
-            before = np.append(
-                0, np.cumsum(taken)
-            )  # how many units before each are taken
+            before = np.append(0, np.cumsum(taken))  # how many units before each are taken
             first, last = slice(len(starts) - size + 1), slice(size - 1, None)
             fits = (before[size:] == before[:-size]) & (parted[first] == parted[last])
             fits &= stops[last] - starts[first] <= left
