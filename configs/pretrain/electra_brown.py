@@ -25,7 +25,7 @@ def get_config(size: str = "full") -> ConfigDict:
         name="bert", layers=2, width=128, heads=4, mlp_width=512, context=128, generator=1, pooled=False, next=False
     )
     c.optimizer = dict(name="adamw", lr=1e-3, schedule="linear", warmup=100, final=0.0, weight_decay=0.01, clip=1.0)
-    c.every = dict(log=50, eval=300, save=300)
+    c.every = dict(log=50, eval=500, save=100)
     if size == "tiny":
         c.length, c.batch = 32, 2
         c.optimizer["warmup"] = 1
