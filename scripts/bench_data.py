@@ -116,12 +116,14 @@ def prepare(a: argparse.Namespace, variant: str) -> dict[str, Any]:
             parts = rng.choices(known, k=max(3, int(rng.lognormvariate(3, 0.7))))
             if latest and rng.random() < 0.1:
                 parts = list(rng.choice(latest))
-                parts[rng.randrange(len(parts))] = rng.choice([rng.choice(known), parts[-1]])
+                if rng.random() < 0.5:
+                    parts[rng.randrange(len(parts))] = rng.choice(known)
             latest = [*latest[-999:], parts]
             yield "".join(parts)
             size += len("".join(parts).encode())
 
     kind, _, workers = variant.rpartition(":")
+    os.environ["RAYON_NUM_THREADS"] = workers  # of the library, before it first works
     spec = dict(kind=kind or "sentencepiece", algorithm="bpe", vocab=8192)
     if kind:
         a.megabytes = min(a.megabytes, 40)
@@ -181,7 +183,6 @@ def alone(a: argparse.Namespace, tok: Any, texts: list[str], workers: int) -> di
     work = functools.partial(encode.encode, tok, pipeline.Pipeline.of(splits.Splitter("document", 0)).parts)
     work = functools.partial(work, Augmentation())
     times: dict[str, list[float]] = dict(ours=[], library=[])
-    os.environ["RAYON_NUM_THREADS"] = str(workers)
     for _ in range(a.repeats // 3):
         begun = time.perf_counter()
         documents = (splits.Marked(Document(text, 0, len(text)), None) for text in texts)

@@ -23,6 +23,7 @@ def test_a_config_prepares_trains_evaluates_and_samples(path, tmp_path):
     spend("config.prepare", prepare.prepare, section, keys["store"])
     found = spend("config", train.train, keys | {"mesh": dict(data=1)}, str(tmp_path / "run"))
     assert 0 < found.get("bits_per_byte", found["loss"]) < 20  # nats per token, where noise makes it no likelihood
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert [s["prompt"] for s in samples] == list(keys["samples"]["prompts"])
     assert keys["steps"] == 2 and config.load(str(path)).steps > 2
+    if "samples" in keys:  # an encoder writes no text
+        samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+        assert [s["prompt"] for s in samples] == list(keys["samples"]["prompts"])

@@ -13,6 +13,7 @@ from tests.runs import STEPS, arrays, losses, run, two_processes, write_store
 
 DATA = dict(schedule=[(0, dict(prose=2.0, lists=1.0)), (6, dict(prose=1.0, lists=3.0))], epochs=dict(lists=1.5))
 FLAGS = ["--config.length=160", "--config.objective.name=prefix", f"--config.data={DATA}"]
+pytestmark = pytest.mark.endurance  # four runs of the whole program
 
 
 @pytest.fixture(scope="module")

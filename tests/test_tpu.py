@@ -52,6 +52,7 @@ COMBINED = dict(data=2, fsdp=2, tensor=4)
 SIZES = dict(width=256, heads=4, kv_heads=4, head_width=64, mlp_width=640, layers=2, context=T, experts=4)
 
 
+@pytest.mark.endurance  # libtpu's programs are never read back from a cache
 @pytest.mark.parametrize("name", sorted(set(families.MODELS) - set(MODELS)))
 def test_every_other_family_compiles_for_a_tpu_split_by_data_fsdp_and_tensor(name):
     known = {f.name for f in dataclasses.fields(families.blueprint(name).config)}

@@ -1,9 +1,12 @@
-"""not measured: BART repairs the Brown corpus, text infilling and sentences out of order.
+"""A BART of 3.6 M parameters that repairs the Brown corpus: 30 % of the tokens gone, sentences out of order.
 
     jaxlm prepare --config=configs/pretrain/bart_brown.py --config.prepare.sources.brown="jsonl:PATH?field=text"
     jaxlm train --config=configs/pretrain/bart_brown.py --workdir=runs/bart_brown
 
 The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line.
+
+2 CPU cores shared with other work, 10 min 15 s of training: 4.39 nats a held-out token of the whole text after 400
+steps, 3.91 after 800 (perplexity 50.0, 26.9 % right). It has begun to copy, and writes no text worth reading yet.
 """
 
 from ml_collections import ConfigDict

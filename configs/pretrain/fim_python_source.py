@@ -1,7 +1,18 @@
-"""not measured: a Llama that fills in the middle of Python's standard library.
+"""A Llama of 2.2 M parameters that fills in the middle of Python's standard library, and pays nothing for it.
 
-jaxlm prepare --config=configs/pretrain/fim_python_source.py
-jaxlm train --config=configs/pretrain/fim_python_source.py --workdir=runs/fim_python_source
+    jaxlm prepare --config=configs/pretrain/fim_python_source.py
+    jaxlm train --config=configs/pretrain/fim_python_source.py --workdir=runs/fim_python_source
+    jaxlm evaluate --workdir=runs/fim_python_source --data=store:data/fim_python_source:library:validation --stride=256
+
+Against the same model trained left to right (--config.objective.rate=0.0), on 40 held-out files (0.64 MB) of 3.11.7:
+
+                              filling in half the files     left to right
+    text left to right        1.931 bits per byte           1.930
+    files cut in three        4.027 nats a token            4.151
+    validation as trained     3.988 nats a token            3.942
+
+2 CPU cores shared with other work, 6 min 25 s of training. The second row is the loss over all tokens of files that are
+all cut (--config.objective.rate=1.0).
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,12 @@
-"""not measured: a Llama that reads a prefix of the Brown corpus both ways and writes what follows.
+"""A Llama of 2.2 M parameters that reads a prefix of a text both ways and writes what follows, on the Brown corpus.
 
     jaxlm prepare --config=configs/pretrain/prefix_brown.py --config.prepare.sources.brown="jsonl:PATH?field=text"
     jaxlm train --config=configs/pretrain/prefix_brown.py --workdir=runs/prefix_brown
 
 The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line.
+
+2 CPU cores shared with other work, 4 min 40 s of training: 4.95 nats a held-out token behind the prefix after 350
+steps, 4.58 after 700 (perplexity 97.4, 15.4 % right).
 """
 
 from ml_collections import ConfigDict

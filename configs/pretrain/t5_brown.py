@@ -5,6 +5,10 @@
     python -m scripts.span_baseline --workdir=runs/t5_brown
 
 The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line.
+
+What is to be beaten, of 13,434 tokens in 4,383 gaps of held-out text: the 5-gram's 3.95 nats a token, from either side
+3.60. The first 443 steps bring 4.8 for all tokens of the answers, sentinels included: far from there, so give it hours
+rather than minutes (--config.steps), since only every sixth token is asked for.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,8 @@
     jaxlm prepare --config=configs/pretrain/ul2_brown.py --config.prepare.sources.brown="jsonl:PATH?field=text"
     jaxlm train --config=configs/pretrain/ul2_brown.py --workdir=runs/ul2_brown
 
-The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line.
+The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line. Not run to its end: after 300
+of 600 steps 5.53 nats a held-out token of the answers.
 """
 
 from ml_collections import ConfigDict

@@ -42,17 +42,8 @@ class Words:
         opens = np.asarray([not piece or not inside(piece[0]) for piece in pieces])
         closes = np.asarray([not piece or not inside(piece[-1]) for piece in pieces])
         stops = np.asarray([piece.rstrip().endswith((".", "?", "!")) for piece in pieces])
-        return cls(
-            special,
-            opens,
-            closes,
-            stops,
-            tokenizer.specials,
-            tokenizer.bos,
-            tokenizer.eos,
-            tokenizer.pad or 0,
-            tokenizer=tokenizer,
-        )
+        ends = tokenizer.bos, tokenizer.eos, tokenizer.pad or 0
+        return cls(special, opens, closes, stops, tokenizer.specials, *ends, tokenizer=tokenizer)
 
     @classmethod
     def of_size(cls, vocab: int) -> "Words":

@@ -1,6 +1,7 @@
 """BERT: an encoder that sees both sides, with heads for masked tokens and for the next sentence (arXiv:1810.04805).
 
-RoBERTa (arXiv:1907.11692) and DistilBERT (arXiv:1910.01108) differ in settings alone.
+RoBERTa (arXiv:1907.11692) and DistilBERT (arXiv:1910.01108) differ in settings alone. ELECTRA (arXiv:2003.10555) has a
+`generator`: fewer layers on the same embeddings, which the head for masked tokens then reads.
 
 Read `Model.hidden` first, `Block` second; the rest is `jaxlm.nn`.
 """
@@ -47,6 +48,7 @@ class Config:
     masked: bool = True  # the head that predicts masked tokens
     pooled: bool = True  # the first token's state through a layer of its own
     next: bool = True  # the head that tells from it whether the second sentence follows the first
+    generator: int = 0  # layers that guess masked tokens, for ELECTRA; the model's own tell which tokens are guesses
     dropout: float = 0.0
     attention: str = "auto"
     remat: str = "none"
@@ -100,28 +102,36 @@ class Model(nnx.Module):
         self.pooler = Dense(c.width, rngs=rngs) if c.pooled else None
         self.next_DC = normal(rngs, c.width, 2, std=0.02) if c.next else None
         self.next_C = zeros(2) if c.next else None
+        self.generator = stacked(lambda rngs: Block(c, rngs=rngs), c.generator, rngs) if c.generator else None
+        self.replaced = Dense(c.width, rngs=rngs) if c.generator else None
+        self.replaced_D = normal(rngs, c.width, std=0.02) if c.generator else None
 
     @property
     def head(self) -> Head:
         return Head(self.embed_VD[...], None if self.bias_V is None else self.bias_V[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, types_BT=None, key=None):
-        """Final hidden states [B, T, D] and None (no cache); padding has segment 0. A `key` means dropout."""
+    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, types_BT=None, key=None, generator=False):
+        """Final hidden states [B, T, D] and None (no cache), the model's own or its generator's; padding has segment 0.
+        A `key` means dropout.
+        """
         c = self.config
+        blocks, layers = (self.generator, c.generator) if generator else (self.blocks, c.layers)
+        if blocks is None:
+            raise Mistake("this model has no generator (config.model.generator=0)")
         if tokens_BT.shape[1] > c.context:
             raise Mistake(f"bert: {tokens_BT.shape[1]} tokens, but config.model.context={c.context}")
         if types_BT is not None and self.types_CD is None:
             raise Mistake("this model has no token types (config.model.types=0)")
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT)
-        keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
+        keys = [None] * 2 if key is None else [jax.random.fold_in(key, layers), jax.random.split(key, layers)]
         x_BTD = embed(self.embed_VD, tokens_BT) + embed(self.positions_TD, positions_BT + c.skipped)
         if self.types_CD is not None:
             x_BTD += embed(self.types_CD, jnp.zeros_like(tokens_BT) if types_BT is None else types_BT)
         x_BTD = axes.constrain(dropout(self.norm(x_BTD, jnp.float32), c.dropout, keys[0]), "BTD")
         mask = Mask(causal=False, segments_BT=segments_BT)
-        x_BTD = scan(self.blocks, x_BTD, lambda block, x_BTD, key: block(x_BTD, mask, key), keys[1], remat=c.remat)
+        x_BTD = scan(blocks, x_BTD, lambda block, x_BTD, key: block(x_BTD, mask, key), keys[1], remat=c.remat)
         return x_BTD.astype(c.dtype), None
 
     @shaped
@@ -147,6 +157,12 @@ class Model(nnx.Module):
         if self.next_DC is None:
             raise Mistake("this model has no head for the next sentence (config.model.next=False)")
         return dense(pooled_BD, self.next_DC, self.next_C).astype(jnp.float32)
+
+    @shaped
+    def guessed(self, x_BTD):
+        """Logits [B, T] in float32: a token is a generator's guess, and not the text's own."""
+        assert self.replaced is not None and self.replaced_D is not None
+        return GELU(self.replaced(x_BTD)).astype(jnp.float32) @ self.replaced_D[...]
 
 
 _LARGE = dict(layers=24, width=1024, heads=16, mlp_width=4096)

@@ -87,9 +87,9 @@ def corrupt(
     def sizes(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         special = words.special_V[document]
         text, others = np.cumsum(~special), np.cumsum(special)
-        breaks = others - others[np.argmax(~special)] if not special.all() else others  # a span at each, at worst
         noise, spans = counts(text, rate, span)
-        spans = np.where((text < 2) | (spans + breaks > len(sentinels)), NEVER, spans + breaks)
+        spans += others  # at worst, each special parts a span, or stands behind the last one
+        spans = np.where((text < 2) | (spans > len(sentinels)), NEVER, spans)
         return len(front) + others + text - noise + spans + 1, noise + spans + 1
 
     document = sheet.cut(document, rng, sizes)

@@ -3,6 +3,7 @@
 import pickle
 import random
 
+import ftfy
 from hypothesis import given
 from hypothesis import strategies as st
 import pytest
@@ -86,6 +87,12 @@ def test_mojibake_entities_line_ends_and_control_signs_are_mended(broken, mended
 )
 def test_what_is_right_stays_as_it_is(text):
     assert clean("unicode", text) == (text, "kept", {})
+
+
+@given(text=st.text(st.sampled_from("ab<>&;\n\n\r\t \x0c\x7féÃ©â€™ﬁ“&amp;\u2028\x1b[0m"), max_size=60))
+def test_plain_lines_that_ftfy_is_spared_are_those_it_would_leave_alone(text):
+    rule = dict(Cleaner.of(["unicode"]).rules)["unicode"]
+    assert rule(text) == ftfy.fix_text(text, ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False))
 
 
 def test_a_form_of_unicode_must_exist():

@@ -73,7 +73,7 @@ def test_two_gigabytes_are_prepared_in_one_and_a_half_of_memory(tmp_path):
     assert peak < 1.5 * 2**30
 
 
-RULES = dict(clean=["unicode", "pii", dict(name="length", max_words=190)], dedup=dict(near=0.8))
+RULES = dict(clean=["unicode", "pii", dict(name="length", max_words=245)], dedup=dict(near=0.8))
 
 
 @pytest.mark.parametrize("size, rules", [(100 << 20, {}), (20 << 20, RULES)], ids=["plain", "rules"])

@@ -4,6 +4,7 @@ Words stand between blanks. The defaults are the paper's; the function words are
 other languages).
 """
 
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
@@ -74,10 +75,11 @@ def _rule(text: str, limits: Limits) -> str | Dropped:
     ]:
         if count > limit * len(lines):
             return Dropped(reason, f"{count / len(lines):.0%} of lines, {limit:.0%} at most")
-    alphabetic = sum(any(map(str.isalpha, word)) for word in words) / len(words)
+    times = Counter(words)
+    alphabetic = sum(n for word, n in times.items() if any(map(str.isalpha, word))) / len(words)
     if alphabetic < limits.alphabetic:
         return Dropped("not alphabetic", f"{alphabetic:.0%} of words, {limits.alphabetic:.0%} at least")
-    found = len(FUNCTION_WORDS & {word.strip('.,;:!?"()').lower() for word in words})
+    found = len(FUNCTION_WORDS & {word.strip('.,;:!?"()').lower() for word in times})
     if found < limits.function_words:
         return Dropped("no function words", f"{found} of them, {limits.function_words} at least")
     return text

@@ -1,0 +1,31 @@
+"""not measured: A small BERT on the Brown corpus, with next-sentence pairs.
+
+jaxlm prepare --config=configs/pretrain/bert_brown.py --config.prepare.sources.brown=jsonl:PATH/*.jsonl.gz
+jaxlm train --config=configs/pretrain/bert_brown.py --workdir=runs/bert_brown
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.steps = {"full": 1_500, "tiny": 2}[size]
+
+    c.store = "data/brown"
+    c.prepare = dict(
+        sources=dict(brown="jsonl:data/brown/*.jsonl.gz"),
+        tokenizer=dict(kind="huggingface", algorithm="wordpiece", lowercase=True, vocab=4096),
+        validation=0.05,
+    )
+    c.objective = dict(name="mlm", next="nsp")
+    c.length, c.batch = 128, 32
+
+    c.model = dict(name="bert", layers=2, width=128, heads=4, mlp_width=512, context=128)
+    c.optimizer = dict(name="adamw", lr=1e-3, schedule="linear", warmup=100, final=0.0, weight_decay=0.01, clip=1.0)
+    c.every = dict(log=50, eval=300, save=300)
+    if size == "tiny":
+        c.length, c.batch = 32, 2
+        c.optimizer["warmup"] = 1
+        c.model.update(width=32, heads=2, mlp_width=64)
+    return c
