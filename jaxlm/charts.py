@@ -88,7 +88,7 @@ def histogram(
         places = np.arange(len(counts) + 1)
         _axes(ax, "zero", counts, label)
         ax.bar(places[:-1], counts, width=0.86, align="edge", color=LINES[0])
-        shown = places[:: max(1, len(places) // 10)]
+        shown = places[:: max(1, len(places) // 6)]
         ax.set_xticks(shown, [number(float(edges[i])) for i in shown])
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
