@@ -58,7 +58,10 @@ def loader(a: argparse.Namespace, variant: str) -> dict[str, Any]:
 
     name, where, threads = variant.split(":")
     kind = lookup.module("jaxlm.objectives", name).KINDS[0]
-    task = objectives.of(dict(name=name), length=a.context, words=Words.of_size(a.vocab), kind=kind)
+    try:
+        task = objectives.of(dict(name=name), length=a.context, words=Words.of_size(a.vocab), kind=kind)
+    except lookup.Mistake as e:  # more spans in a row than the stand-in for a tokenizer has sentinels
+        return dict(objective=name, refused=str(e))
     stores.HELD = stores.HELD if where == "held" else 0
     with tempfile.TemporaryDirectory() as folder:
         _write_store(folder, a.vocab)
