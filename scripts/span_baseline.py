@@ -2,8 +2,9 @@
 
     python -m scripts.span_baseline --workdir=runs/t5_brown
 
-All are asked for the same tokens, those in the gaps of the run's own held-out documents, drawn as its evaluation draws
-them, in nats per token and given the true tokens before them in their gap:
+All are asked for the same tokens, those in the gaps of the run's own held-out documents, in nats per token and given
+the true tokens before them in their gap. Gaps are drawn as T5 defines them, 15 % of the tokens in spans of 3 on
+average, whatever the run was trained on (--rate, --span):
 
     t5                   reads both sides. It is not told how long a gap is, and so pays for going on at every token
     t5, told             the same, its probabilities among tokens of text alone, since no gap ends here
@@ -52,8 +53,11 @@ def gaps(source: Sequence[int], target: Sequence[int], sentinels: Sequence[int])
     return np.array(text), np.array(number)
 
 
-def measure(workdir: str, store: str | None = None, order: int = 5) -> dict[str, float]:
-    """Nats per token of the gaps, by who is asked; `tokens`, `gaps`, and t5's share of right tokens.
+def measure(
+    workdir: str, store: str | None = None, order: int = 5, rate: float = 0.15, span: float = 3.0
+) -> dict[str, float]:
+    """Nats per token of the gaps, by who is asked; `tokens`, `gaps`, and t5's share of right tokens. A `rate` of the
+    tokens is in gaps, of `span` tokens on average.
 
     Raises `Mistake` for a workdir of another objective.
     """
@@ -62,6 +66,7 @@ def measure(workdir: str, store: str | None = None, order: int = 5) -> dict[str,
     if section.get("name") != "span" or lm.blueprint.kind != "encoder-decoder":
         raise Mistake(f"{workdir} is no encoder-decoder of span corruption")
     tokens, words = open_store(store or lm.config.store), Words.of(lm.tokenizer)
+    section = dict(section, rate=rate, span=span)
     task = objectives.of(section, length=lm.config.length, words=words, kind=lm.blueprint.kind)
     plain = ~words.special_V
     answer = jax.jit(lambda params, batch: _answers(lm.blueprint.bind(params), batch, plain))
@@ -118,9 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="of `jaxlm train` with the objective span")
     parser.add_argument("--store", help="the token store, where it has moved")
     parser.add_argument("--order", type=int, default=5, help="tokens in an n-gram (default: 5)")
+    parser.add_argument("--rate", type=float, default=0.15, help="share of the tokens in gaps (default: T5's, 0.15)")
+    parser.add_argument("--span", type=float, default=3.0, help="mean tokens in a gap (default: T5's, 3)")
     flags = parser.parse_args(arguments)
     try:
-        found = measure(flags.workdir, flags.store, flags.order)
+        found = measure(flags.workdir, flags.store, flags.order, flags.rate, flags.span)
     except Mistake as mistake:
         parser.error(str(mistake))
     count, several, right = (found.pop(name) for name in ("tokens", "gaps", "right"))

@@ -14,6 +14,7 @@ from jaxlm.data import store as token_store
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
 from jaxlm.prepare import prepare
+from tests.trees import noisy
 
 MODEL = dict(name="gpt2", layers=1, width=8, heads=2, context=24)
 TEXTS = [
@@ -40,9 +41,8 @@ def workdir(tmp_path_factory):
     made.tokenizer().save(run / "tokenizer")
     configs.write(dict(model=MODEL, length=16, store=f"{root}/store", dtype="float32"), str(run))
     model = Blueprint.of(MODEL, vocab=made.vocab)
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
     with checkpoint.Checkpoints(str(run)) as checkpoints:
-        checkpoints.save(1, dict(params=params))
+        checkpoints.save(1, dict(params=noisy(model, std=0.2)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm, "load", functools.cache(lm.load))  # the program compiles once for all tests
         yield str(run)

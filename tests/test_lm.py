@@ -19,6 +19,7 @@ from jaxlm.models import Blueprint
 from jaxlm.reply import Reply
 from tests.golden import folder_of
 from tests.published import AROUND, with_tokenizer
+from tests.trees import noisy
 
 CONTEXT = 48
 TEXTS = ["the cat sat on the mat ", "naïve café — 日本語 🙂 ", "def f(x):\n    return x\n", "one  two   three"] * 4
@@ -33,8 +34,7 @@ def tokenizer():
 def lm(tokenizer):
     section = dict(name="llama", layers=1, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=32, context=CONTEXT)
     model = Blueprint.of(section, vocab=tokenizer.vocab)
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
-    return LM(model, params, tokenizer, dict(model=section, length=32))
+    return LM(model, noisy(model), tokenizer, dict(model=section, length=32))
 
 
 class NoBos:

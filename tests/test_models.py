@@ -14,6 +14,7 @@ from jaxlm import axes, lookup
 from jaxlm.models import Blueprint
 from jaxlm.nn.attention import BACKENDS
 from jaxlm.objectives import clm
+from tests.trees import noisy
 
 MODELS = [
     name for name in lookup.names("jaxlm.models") if hasattr(importlib.import_module(f"jaxlm.models.{name}"), "Config")
@@ -22,6 +23,7 @@ V, T = 32, 12
 SIZES = dict(layers=2, width=16, heads=4, kv_heads=2, head_width=4, mlp_width=32, context=32, experts=4, balance=0.0)
 
 
+@functools.cache
 def blueprint(name, **more):
     """A tiny model of a family: of the common sizes, those that its Config knows."""
     known = {f.name for f in dataclasses.fields(importlib.import_module(f"jaxlm.models.{name}").Config)}
@@ -63,15 +65,13 @@ def objective(model, batch):
 
 
 @functools.cache
-def large(name):
-    """Parameters large enough that every part of the model matters to its output."""
-    fresh = blueprint(name).init(seed=1)
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+def fresh(name):
+    return blueprint(name).init(0)
 
 
 @pytest.fixture(scope="module")
 def params(name):
-    return large(name)
+    return noisy(blueprint(name))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ UNABLE = [("t5", "splash"), ("t5", "triton"), ("gemma", "triton")]
 @pytest.mark.parametrize("name, backend", UNABLE, indirect=["name"])
 def test_a_backend_that_is_not_able_says_so(name, tokens_BT, backend):
     with pytest.raises(lookup.Mistake, match=f"'{backend}': .*; choose 'xla' or 'chunked'"):
-        logits_of(name, blueprint(name).init(0), tokens_BT, backend=backend)
+        logits_of(name, fresh(name), tokens_BT, backend=backend)
 
 
 @with_backend(MODELS)
@@ -204,7 +204,7 @@ def test_it_overfits_one_batch(name):
         updates, opt = tx.update(grads, opt)
         return optax.apply_updates(params, updates), opt, mean
 
-    params = model.init(0)
+    params = fresh(name)
     opt, first = tx.init(params), None
     for _ in range(STEPS.get(name, 60)):
         params, opt, mean = update(params, opt)
@@ -245,14 +245,14 @@ def test_bfloat16_stays_near_float32_and_gives_float32_logits(name, params, toke
 
 @functools.cache
 def gradient(name):
-    """Loss and gradients over all tokens, whatever is behind them; and what one device makes of `large(name)`."""
+    """Loss and gradients over all tokens, whatever is behind them; and what one device makes of `noisy` parameters."""
     model = blueprint(name)
 
     def both(p, t):
         batch = {"tokens": t, "labels": t, "weights": jnp.ones(t.shape), "segments": jnp.ones(t.shape, jnp.int32)}
         return jax.value_and_grad(lambda p: objective(model.bind(p), batch) / t.size)(p)
 
-    return both, jax.jit(both)(large(name), EIGHT_BT)
+    return both, jax.jit(both)(noisy(blueprint(name)), EIGHT_BT)
 
 
 EIGHT_BT = jax.random.randint(jax.random.key(0), (8, T), 0, V)
@@ -271,11 +271,11 @@ def test_eight_devices_compute_what_one_does(name, params, sizes):
 
 def test_initial_parameters_do_not_depend_on_the_mesh(name):
     mesh = axes.mesh(data=2, fsdp=2, tensor=2)
-    jax.tree.map(np.testing.assert_array_equal, blueprint(name).init(3), blueprint(name).init(3, mesh))
+    jax.tree.map(np.testing.assert_array_equal, fresh(name), blueprint(name).init(0, mesh))
 
 
 def test_layers_are_drawn_apart(name):
-    for path, x in jax.tree_util.tree_leaves_with_path(blueprint(name).init(0)):
+    for path, x in jax.tree_util.tree_leaves_with_path(fresh(name)):
         if "blocks" not in jax.tree_util.keystr(path):
             continue
         assert x.shape[0] == SIZES["layers"]
@@ -337,7 +337,7 @@ def test_every_second_layer_of_gpt3_sees_a_band():
     model = Blueprint.of(dict(name="gpt2", layers=2, width=16, heads=4, context=32, window=3), vocab=V)
     assert model.config != blueprint("gpt2").config
     wide = Blueprint.of(dict(name="gpt2", layers=2, width=16, heads=4, context=32), vocab=V)
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
+    params = noisy(model)
     tokens_BT = jax.random.randint(jax.random.key(0), (1, 12), 0, V)
     banded, dense = (np.asarray(m.bind(params)(tokens_BT)[0]) for m in (model, wide))
     np.testing.assert_allclose(banded[:, :3], dense[:, :3], atol=1e-5)
@@ -346,12 +346,12 @@ def test_every_second_layer_of_gpt3_sees_a_band():
 
 def test_gpt2_refuses_more_positions_than_it_learned():
     with pytest.raises(lookup.Mistake, match=r"33 positions.*context=32"):
-        blueprint("gpt2").bind(blueprint("gpt2").init(0))(jnp.zeros((1, 33), jnp.int32))
+        blueprint("gpt2").bind(fresh("gpt2"))(jnp.zeros((1, 33), jnp.int32))
 
 
 def test_a_sliding_window_sees_that_many_tokens(tokens_BT):
     model = blueprint("llama", layers=1, window=3)
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
+    params = noisy(model)
     run = jax.jit(lambda t: model.bind(params)(t)[0])
     before, after = run(tokens_BT), run(tokens_BT.at[:, 4].add(1) % V)
     changed = np.flatnonzero(np.abs(before - after).max(axis=(0, 2)))

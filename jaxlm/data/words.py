@@ -9,6 +9,7 @@ words.sentinels                                 those of <extra_id_0>, <extra_id
 
 from collections.abc import Iterable, Mapping
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -54,11 +55,11 @@ class Words:
     def vocab(self) -> int:
         return len(self.special_V)
 
-    @property
+    @functools.cached_property
     def sentinels(self) -> list[int]:
         """The ids of <extra_id_0>, <extra_id_1>, ... in this order; there may be none."""
         found = {int(m[1]): i for name, i in self.specials.items() if (m := re.fullmatch(r"<extra_id_(\d+)>", name))}
-        return [found[i] for i in sorted(found)] if self.known else [0] * 100
+        return [found[i] for i in sorted(found)] if self.known else [0] * 1000
 
     def find(self, what: str, names: Iterable[str]) -> int:
         """The id of the first of `names` that is a special here; raises `Mistake` for none."""

@@ -3,7 +3,6 @@
 import json
 import pickle
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
 from jaxlm.prepare import prepare
 from tests.test_prepare import Killed, contents, read
+from tests.trees import noisy
 
 TEXT = "The quick brown fox jumps over a dog.  It was sad, and the dog slept!\n\n\tA fox is quick? (Yes.)\nso it is"
 TEXTS = [f"{TEXT} {i}" for i in range(40)]
@@ -246,9 +246,8 @@ def write_pair(workdir, tokenizer):
     workdir.mkdir()
     tokenizer.save(workdir / "tokenizer")
     configs.write(dict(model=section, length=64), str(workdir))
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), blueprint.init(0))
     with checkpoint.Checkpoints(str(workdir)) as checkpoints:
-        checkpoints.save(1, dict(params=params))
+        checkpoints.save(1, dict(params=noisy(blueprint)))
     return str(workdir)
 
 

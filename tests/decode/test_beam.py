@@ -11,6 +11,7 @@ from jaxlm.decode.engine import Engine
 from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from tests.trees import noisy
 
 V, CONTEXT, NEW, STOP = 5, 32, 4, 3
 PROMPTS = [[1, 2, 0], [4]]
@@ -21,9 +22,7 @@ def engine():
     model = Blueprint.of(
         dict(name="llama", layers=1, width=8, heads=2, kv_heads=1, head_width=4, mlp_width=8, context=CONTEXT), vocab=V
     )
-    return Engine(
-        model, jax.tree.map(lambda x: x + 0.6 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(0))
-    )
+    return Engine(model, noisy(model, std=0.6))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from jaxlm.decode.engine import Engine, bucket, read
 from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from tests.trees import noisy
 
 MODELS = ["gpt2", "rnn"]
 V, CONTEXT = 40, 64
@@ -29,9 +30,7 @@ def engine(request):
     config = importlib.import_module(f"jaxlm.models.{request.param}").Config
     known = {field.name for field in dataclasses.fields(config)}
     model = Blueprint.of({"name": request.param} | {k: v for k, v in SIZES.items() if k in known}, vocab=V)
-    return Engine(
-        model, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(1))
-    )
+    return Engine(model, noisy(model))
 
 
 @pytest.fixture(scope="module")

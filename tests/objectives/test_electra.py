@@ -13,6 +13,7 @@ from jaxlm.models import Blueprint
 from jaxlm.nn.linear import Head
 from jaxlm.objectives import electra, mlm
 from tests.objectives.test_mlm import KNOWN, MASKED, V, documents_, packed, rates, seeds, units
+from tests.trees import noisy
 
 
 def example(row, seed, **options):
@@ -50,8 +51,7 @@ def batch():
 
 @functools.cache
 def params():
-    fresh = model().init(0)
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+    return noisy(model())
 
 
 def test_what_is_drawn_has_the_probabilities_of_the_head():

@@ -21,6 +21,7 @@ from jaxlm.nn.mask import Mask
 from jaxlm.objectives import _pairs, prefix
 from tests.objectives.texts import EOS, WORDS, pack, pairs, text
 from tests.test_models import DECODERS, blueprint
+from tests.trees import noisy
 
 documents = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
@@ -118,9 +119,8 @@ def test_a_kernel_that_has_no_prefix_says_so_and_auto_takes_another(backend):
 
 def logits(name, tokens, segments, known):
     model = blueprint(name)
-    fresh = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(seed=1))
     run = jax.jit(lambda p, t: model.bind(p)(t, segments_BT=segments, prefix_BT=known)[0])
-    return np.asarray(run(fresh, tokens))
+    return np.asarray(run(noisy(model), tokens))
 
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if name != "rnn"])
@@ -144,7 +144,7 @@ def test_a_model_that_reads_one_way_refuses():
 def test_a_prompt_is_read_as_a_prefix_is(name):
     """Greedy tokens of the engine are those of one pass over the row with the prompt as its prefix."""
     model = blueprint(name)
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init(seed=1))
+    params = noisy(model)
     prompts = [*np.random.default_rng(0).integers(0, 32, (8, 9)).tolist(), [4, 8]]
     rows = Engine(model, params, both_ways=True).generate(prompts, Sampling(temperature=0), max_new_tokens=5)
     for prompt, new in zip(prompts, rows):

@@ -14,6 +14,7 @@ from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
 from jaxlm.objectives import _pairs, span
 from tests.objectives.texts import BOS, EOS, SENTINELS, UNKNOWN, WORDS, pack, pairs, restored, text
+from tests.trees import noisy
 
 KINDS = ("encoder-decoder", "decoder")
 rates = st.sampled_from([(0.15, 3.0), (0.15, 8.0), (0.5, 3.0), (0.3, 1.0), (0.15, 64.0)])
@@ -110,8 +111,7 @@ def test_short_documents_side_by_side_lose_little():
 def pair(request):
     sizes = dict(layers=1, width=16, heads=2, mlp_width=32) | ({"head_width": 8} if request.param == "t5" else {})
     blueprint = Blueprint.of(dict(name=request.param, context=64, **sizes), vocab=WORDS.vocab)
-    noisy = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), blueprint.init(1))
-    return blueprint.bind(noisy), blueprint.config
+    return blueprint.bind(noisy(blueprint)), blueprint.config
 
 
 def test_the_loss_is_the_likelihood_of_the_targets_as_the_model_writes_them(pair):
