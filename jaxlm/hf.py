@@ -342,7 +342,7 @@ def _place(old: Any, part: np.ndarray, at: tuple[int, ...], shape: tuple[int, ..
     """
     if not at:
         return jax.device_put(np.ascontiguousarray(part, np.float32), place)
-    if place.mesh.size == 1 and place.mesh.devices.flat[0].platform == "cpu":
+    if [device.platform for device in place.device_set] == ["cpu"]:
         old = _aligned(shape) if old is None else old
         old[at] = part
         return old
