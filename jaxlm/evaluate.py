@@ -1,4 +1,4 @@
-"""Measure how well a trained model predicts text: loss, perplexity, bits per byte.
+"""Measure how well a trained model predicts text: loss, perplexity, bits per byte; or does what it was trained to do.
 
     jaxlm evaluate --workdir=runs/quickstart                                        the run's own validation documents
     jaxlm evaluate --workdir=runs/quickstart --data=text:novel.txt --json=novel.json
@@ -7,21 +7,27 @@
 --data is a source as for `jaxlm prepare` (text:PATH, jsonl:PATH, python-docs:, ...) or store:PATH[:source[:split]]. A
 document longer than --context tokens (those of a training row unless given) is read in windows, --stride tokens apart
 (half the context). --limit bounds how many documents are read; --json=- prints JSON instead of the table.
+
+An encoder or encoder-decoder predicts no text from the left: it is measured by its own objective, with the same noise
+every time, on a store (--data=store:PATH) that its own tokenizer made.
 """
 
 from collections.abc import Iterable, Iterator
+import functools
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from jaxlm import config, lm, program
-from jaxlm.data import sources, store
-from jaxlm.evals import perplexity
+from jaxlm import config, lm, objectives, program
+from jaxlm.data import rows, sources, store
+from jaxlm.data.words import Words
+from jaxlm.evals import held_out, perplexity
 from jaxlm.evals.perplexity import Score
 from jaxlm.lookup import Mistake
 
@@ -37,6 +43,12 @@ def documents(model: lm.LM, data: str) -> dict[str, Documents]:
     if kind != "store":
         return {data: _read(model, sources.find(data))}
     path, source, split = _parts(rest)
+    opened = _opened(path, model)
+    found = {name: opened.split(name, split) for name in ([source] if source else opened.sources)}
+    return {f"{name} {split}": _stored(documents) for name, documents in found.items()}
+
+
+def _opened(path: str, model: lm.LM) -> store.Store:
     opened = store.open(path)
     made, ours = opened.tokenizer(), model.tokenizer
     if made.fingerprint != ours.fingerprint:
@@ -45,8 +57,7 @@ def documents(model: lm.LM, data: str) -> dict[str, Documents]:
             f"store {path} was made with another tokenizer than the model's, or one that puts other ends to a document "
             f"({ends[0]}; the model's {ends[1]}); give its text as a source instead"
         )
-    found = {name: opened.split(name, split) for name in ([source] if source else opened.sources)}
-    return {f"{name} {split}": _stored(documents) for name, documents in found.items()}
+    return opened
 
 
 def _parts(rest: str) -> tuple[str, str | None, str]:
@@ -66,6 +77,35 @@ def _stored(split: store.Split) -> Iterator[tuple[np.ndarray, int]]:
         yield split.document(i), int(split.bytes[i])
 
 
+def by_objective(model: lm.LM, data: str, *, batch: int, limit: int | None) -> dict[str, dict[str, float]]:
+    """The figures of the model's own objective, by source of a store: loss in nats per token that it asks for.
+
+    Raises `Mistake` for data that is no store, and for a model that was not trained here.
+    """
+    kind, _, rest = data.partition(":")
+    settings = model.config.to_dict() if model.config else {}
+    if "length" not in settings:
+        raise Mistake(f"{model.blueprint.name} is no decoder, and has no objective of ours to be measured by")
+    if kind != "store":
+        raise Mistake(
+            f"--data={data}: {model.blueprint.name} is no decoder, so it is measured by its objective on a store: make "
+            "one with `jaxlm prepare` and the run's tokenizer, and give --data=store:PATH"
+        )
+    path, source, split = _parts(rest)
+    opened, words = _opened(path, model), Words.of(model.tokenizer)
+    if split != "validation":
+        raise Mistake(f"--data={data}: an objective is measured on the validation split, not {split!r}")
+    task = objectives.of(settings.get("objective"), length=settings["length"], words=words, kind=model.blueprint.kind)
+    loss = jax.jit(lambda params, batch: task.loss(model.blueprint.bind(params), batch))
+    found = {}
+    for name in [source] if source else [s for s in opened.sources if len(opened.split(s, "validation"))]:
+        held = rows.validation(opened, name, length=task.row, documents=limit, pairs=task.pairs)
+        seed = None if task.exact else 0
+        each = rows.batches(held, batch=batch, features=task.features, seed=seed)
+        found[f"{name} validation"] = held_out.measure(functools.partial(loss, model.params), each)
+    return found
+
+
 def report(total: Score, count: int) -> dict[str, Any]:
     """The figures of one table row: losses in nats per token, sums of what was predicted."""
     return dict(
@@ -74,19 +114,33 @@ def report(total: Score, count: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def table(rows: dict[str, dict[str, Any]]) -> Table:
+def by_text(
+    model: lm.LM, data: str, *, context: int | None, stride: int | None, batch: int, limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """A decoder's figures by source, and of all together. Raises `Mistake` for data without a token to predict."""
+    results, scores = {}, []
+    for name, found in documents(model, data).items():
+        some = itertools.islice(found, limit)
+        each = perplexity.evaluate(model.nll, some, context=context or model.context, stride=stride, batch=batch)
+        results[name] = report(sum(each, Score()), len(each))
+        scores += each
+    if not sum(score.tokens for score in scores):
+        raise Mistake(f"--data={data} holds nothing to predict")
+    return results | ({"all": report(sum(scores, Score()), len(scores))} if len(results) > 1 else {})
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
     """The figures for a terminal."""
-    out = Table("data", box=None)
-    for name in ("documents", "tokens", "bytes", "loss", "perplexity", "bits per byte"):
-        out.add_column(name, justify="right")
-    for name, row in rows.items():
-        counts = [f"{row[key]:,}" for key in ("documents", "tokens", "bytes")]
-        out.add_row(name, *counts, f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}", f"{row['bits_per_byte']:.4f}")
+    keys = [key for key in next(iter(results.values())) if key != "nats"]
+    out = Table("data", *(Column(key.replace("_", " "), justify="right") for key in keys), box=None)
+    whole = ("documents", "tokens", "bytes")
+    for name, row in results.items():
+        out.add_row(name, *(f"{row[key]:,.0f}" if key in whole else f"{row[key]:,.4f}" for key in keys))
     return out
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate each source that `--data` names, and all of them together."""
+    """Evaluate each source that `--data` names."""
     args = config.parse(
         __doc__ or "",
         argv,
@@ -103,23 +157,16 @@ def main(argv: list[str]) -> int:
     store = config.read(args.workdir).get("store")
     if not (args.data or store):
         raise Mistake(f"{args.workdir} was not trained on a store; name what to evaluate on: --data=SOURCE")
-    data = args.data or f"store:{store}"
-    context = model.context if args.context is None else args.context
-    rows, scores = {}, []
-    for name, found in documents(model, data).items():
-        some = itertools.islice(found, args.limit)
-        each = perplexity.evaluate(model.nll, some, context=context, stride=args.stride, batch=args.batch)
-        rows[name] = report(sum(each, Score()), len(each))
-        scores += each
-    if not sum(score.tokens for score in scores):
-        raise Mistake(f"--data={data} holds nothing to predict")
-    if len(rows) > 1:
-        rows["all"] = report(sum(scores, Score()), len(scores))
+    data, how = args.data or f"store:{store}", dict(batch=args.batch, limit=args.limit)
+    if model.blueprint.kind == "decoder":
+        results = by_text(model, data, context=args.context, stride=args.stride, **how)
+    else:
+        results = by_objective(model, data, **how)
     if args.json:
-        text = json.dumps(dict(workdir=args.workdir, data=data, results=rows), indent=1)
+        text = json.dumps(dict(workdir=args.workdir, data=data, results=results), indent=1)
         print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
     if args.json != "-":
-        Console().print(table(rows))
+        Console().print(table(results))
     return 0
 
 

@@ -34,6 +34,7 @@ from jaxlm.data.store import Store
 from jaxlm.data.store import open as open_store
 from jaxlm.data.tokenizers import Named
 from jaxlm.data.words import Words
+from jaxlm.evals import held_out as evals
 from jaxlm.lm import LM
 from jaxlm.log import Log, lines, setup
 from jaxlm.lookup import Mistake
@@ -272,24 +273,21 @@ def _measure(
 
     Where the objective is exact, the bits per UTF-8 byte too.
     """
-    nats = correct = count = 0.0
-    others: dict[str, tuple[float, float]] = {}
     local, seed = axes.local_rows(batch, grid, rules), None if task.exact else 0
-    for host_batch in rows.batches(held_out, batch=batch, rows=local, features=task.features, seed=seed):
-        sums = jax.device_get(measure(params, axes.put(host_batch, batch, grid, rules)))
-        nats, correct, count = nats + float(sums.nll), correct + float(sums.correct), count + float(sums.weight)
-        for name, (total, weight) in sums.others.items():
-            before = others.get(name, (0.0, 0.0))
-            others[name] = before[0] + float(total), before[1] + float(weight)
-        if stop.asked:
-            break
-    mean = nats / max(count, 1.0)
-    found = dict(loss=mean, perplexity=math.exp(min(mean, 700.0)), accuracy=correct / max(count, 1.0))
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        for host_batch in rows.batches(held_out, batch=batch, rows=local, features=task.features, seed=seed):
+            yield axes.put(host_batch, batch, grid, rules)
+            if stop.asked:
+                return
+
+    found = evals.measure(functools.partial(measure, params), batches())
+    nats, count = found.pop("nats"), found.pop("tokens")
     if task.exact:
         if not stop.asked and round(count) != held_out.plan.predicted:
             raise RuntimeError(f"evaluation scored {count:.0f} tokens of {held_out.plan.predicted}")
         found["bits_per_byte"] = nats / math.log(2) / max(held_out.bytes or 0, 1)
-    return found | {name: total / max(weight, 1.0) for name, (total, weight) in others.items()}
+    return found
 
 
 def _check(batch: Mapping[str, np.ndarray], vocab: int, *, first: bool) -> None:
