@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import functools
 import inspect
 import itertools
-import json
 import os
 import re
 import time
@@ -26,6 +25,7 @@ import rich.console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from jaxlm import config, program
+from jaxlm.data import augmentation as augmentations
 from jaxlm.data import card, tokenizers
 from jaxlm.data import pipeline as pipelines
 from jaxlm.data import sources as source_kinds
@@ -79,6 +79,9 @@ def prepare(
     run = Beam(beam) if beam else local
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
     root = epath.Path(store)
+    workdir = [name for name in ("config.json", "checkpoints", "metrics.jsonl") if (root / name).exists()]
+    if workdir:
+        raise Mistake(f"{store} is the workdir of a run: it has {workdir[0]}; choose another folder for config.store")
     if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
         raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
     if overwrite and root.exists():
@@ -97,7 +100,7 @@ def prepare(
     readings = {name: reading._replace(selection=chosen.get(name)) for name, reading in readings.items()}
     tok = _tokenizer(root / "tokenizer", dict(tokenizer), _training_texts(root, readings, pipeline, local), recipes)
     for name, reading in readings.items():
-        recipe = dict(recipes[name], tokenizer=tok.fingerprint, augment=json.loads(json.dumps(augment)) or None)
+        recipe = dict(recipes[name], tokenizer=tok.fingerprint, augment=augmentations.recipe(augment) or None)
         _prepare_source(root / name, reading, recipe, tok, pipeline, augmentation, run)
     for name in found:
         (root / name / SELECTION).rmtree(missing_ok=True)

@@ -29,7 +29,7 @@ from jaxlm import axes, lookup, objectives, program, report
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.data import rows, vectors
+from jaxlm.data import rows, tokenizers, vectors
 from jaxlm.data.store import Store
 from jaxlm.data.store import open as open_store
 from jaxlm.data.tokenizers import Named
@@ -102,7 +102,7 @@ def train(
             }
 
         checkpoints = lookup.spend("config.checkpoint", Checkpoints, checkpoint, workdir)
-        _same_run(workdir, settings, checkpoints.steps())
+        _same_run(workdir, settings, checkpoints.steps(), tokens)
         restored = checkpoints.restore(shapes)
         start = restored[0] if restored else 0
         given = None  # embeddings to begin with, for a run that begins
@@ -168,10 +168,19 @@ def train(
         return found
 
 
-def _same_run(workdir: str, settings: Mapping[str, Any], saved: list[int]) -> None:
-    """Raise `Mistake` where a workdir holds checkpoints of another model or another kind of training state."""
+def _same_run(workdir: str, settings: Mapping[str, Any], saved: list[int], store: Store) -> None:
+    """Raise `Mistake` where a workdir holds checkpoints of another model, of another kind of training state, or of one
+    to which token ids mean something else.
+    """
     if not saved or not (Path(workdir) / "config.json").exists():
         return
+    if (Path(workdir) / "tokenizer").exists():
+        ours, given = (tok.fingerprint for tok in (tokenizers.load(Path(workdir) / "tokenizer"), store.tokenizer()))
+        if ours != given:
+            raise Mistake(
+                f"{workdir} holds checkpoints of a model that reads the tokenizer {ours}, and the store {store.path} "
+                f"was made with {given}: the same ids would mean other tokens. Choose another --workdir or config.store"
+            )
     before = configs.read(workdir).to_dict()
     now = json.loads(json.dumps(settings, default=dict))
     for name, of in {

@@ -133,6 +133,15 @@ def test_nothing_that_is_no_store_is_ever_removed(corpus, tmp_path):
     with pytest.raises(Mistake, match="is not empty and no token store"):
         prepare(str(tmp_path), dict(docs=f"jsonl:{tmp_path}/docs.jsonl"), BYTES, overwrite=True)
     assert (tmp_path / "docs.jsonl").exists()
+    run = tmp_path / "run"  # a workdir has a tokenizer, as a store has
+    for name in ("tokenizer", "checkpoints"):
+        (run / name).mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(Mistake, match=r"run is the workdir of a run: it has config\.json"):
+            prepare(str(run), dict(docs=f"jsonl:{tmp_path}/docs.jsonl"), BYTES, overwrite=overwrite)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "tokenizer"]
+    assert not list((run / "tokenizer").iterdir())
 
 
 def test_sources_share_a_tokenizer_trained_on_both_and_later_ones_join(corpus, tmp_path):

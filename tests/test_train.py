@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxlm import checkpoint, config, prepare, train
+from jaxlm.data import tokenizers
 from jaxlm.lookup import Mistake, spend
 from tests.runs import CONFIG, STEPS, arrays, losses, run, settings, two_processes, write_store
 
@@ -235,6 +237,17 @@ def test_a_workdir_of_another_model_is_refused_and_left_alone(store, whole):
     with pytest.raises(Mistake, match=r"holds checkpoints of another run: config.model was .*'width': 32"):
         train.train(str(whole), store=store, **settings(model=other))
     assert (whole / "config.json").read_text() == before
+
+
+def test_a_store_of_another_tokenizer_is_not_gone_on_with(store, whole, tmp_path):
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    shutil.rmtree(copy / "tokenizer")
+    tokenizers.train([], dict(kind="bytes", extra=["<other>"])).save(copy / "tokenizer")
+    before = (whole / "tokenizer" / "spec.json").read_text()
+    with pytest.raises(Mistake, match="the same ids would mean other tokens"):
+        train.train(str(whole), store=str(copy), **settings())
+    assert (whole / "tokenizer" / "spec.json").read_text() == before
 
 
 def test_an_unfinished_store_is_never_trained_on(store, tmp_path):

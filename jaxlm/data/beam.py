@@ -114,7 +114,7 @@ class Beam:
 
 
 def _by_file(reading: Reading) -> list[str]:
-    if "files" not in reading.source.inputs:
+    if not reading.source.by_file:
         return [reading.spec]
     kind, _, rest = reading.spec.partition(":")
     path, options = source_kinds.options(rest)

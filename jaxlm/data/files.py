@@ -60,6 +60,8 @@ def plain_size(names: list[epath.Path]) -> int | None:
 def open(name: epath.Path) -> Iterator[io.BufferedReader]:
     """Open a file for reading, decompressed by its suffix; raises `Mistake` when it is damaged or ends too early."""
     compression = COMPRESSION.get(name.suffix)
+    if compression and not name.stat().length:
+        raise Mistake(f"{name}: damaged {compression} file: it has no bytes, not even those of an empty one")
     with name.open("rb") as raw:
         if compression is None:
             yield raw  # type: ignore[misc]

@@ -111,7 +111,7 @@ def train(
     def rows(source: str) -> Rows:
         split = store.split(source, "train")
         found = Rows(split, _plan(pack, store, source, split, length), isolate, pairs)
-        _check_pairs(found, store, source)
+        _check_pairs(found, store, source, "train")
         return found
 
     mixture = plan(store.sources, lambda source: len(rows(source)), **mixing)
@@ -138,7 +138,7 @@ def validation(store: Store, source: str, *, length: int, documents: int | None 
         chosen = np.arange(documents) * len(split) // documents
     plan = _plan(partial(alone if pairs else best_fit, documents=chosen), store, source, split, length)
     rows = Rows(split, plan, pairs=pairs, bytes=int(split.bytes[chosen].sum()))
-    _check_pairs(rows, store, source)
+    _check_pairs(rows, store, source, "validation")
     return rows
 
 
@@ -192,10 +192,12 @@ def _plan(pack: Callable[..., Plan], store: Store, source: str, split: Split, le
     return plan
 
 
-def _check_pairs(rows: Rows, store: Store, source: str) -> None:
+def _check_pairs(rows: Rows, store: Store, source: str, split: str) -> None:
     """Raise `Mistake` where pairs are asked for, and all rows are of one document."""
     if rows.pairs and rows._siblings(0)[1] == len(rows):
-        raise Mistake(f"source {source!r} of store {store.path}: it has one document, and pairs take text of another")
+        raise Mistake(
+            f"source {source!r} of store {store.path}: one document in its {split} split; pairs take text of another"
+        )
 
 
 def _fold(seed: int, name: str) -> int:

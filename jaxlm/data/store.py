@@ -47,17 +47,17 @@ class Split:
     @cached_property
     def offsets(self) -> np.ndarray:
         """Where each document starts, and the end of the last one: int64[documents + 1]."""
-        return _open(f"{self.path}/offsets").read().result()
+        return _read(f"{self.path}/offsets", _opened(f"{self.path}/offsets"))
 
     @cached_property
     def bytes(self) -> np.ndarray:
         """UTF-8 bytes of each document's text: int64[documents]."""
-        return _open(f"{self.path}/bytes").read().result()
+        return _read(f"{self.path}/bytes", _opened(f"{self.path}/bytes"))
 
     @cached_property
     def _tokens(self) -> ts.TensorStore | np.ndarray:
-        tokens = _open(f"{self.path}/tokens")
-        return tokens.read().result() if tokens.shape[0] <= HELD else tokens
+        tokens = _opened(f"{self.path}/tokens")
+        return _read(f"{self.path}/tokens", tokens) if tokens.shape[0] <= HELD else tokens
 
     @property
     def tokens_count(self) -> int:
@@ -65,7 +65,10 @@ class Split:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids start..stop of all documents end to end, int32[stop - start]."""
-        return np.array(self._tokens[start:stop], np.int32)
+        tokens = self._tokens
+        if isinstance(tokens, ts.TensorStore):
+            tokens, start, stop = _read(f"{self.path}/tokens", tokens[start:stop]), 0, stop - start
+        return np.array(tokens[start:stop], np.int32)
 
     def document(self, index: int) -> np.ndarray:
         """Token ids of one document, with its bos and eos where the tokenizer has them: int32[length]."""
@@ -88,8 +91,11 @@ class Store:
 
     def split(self, source: str, split: str) -> Split:
         """The documents of `source` in "train" or "validation"."""
-        key(f"source {source!r} in store {self.path}", split, self.manifest(source)["splits"])
-        return Split(f"{self.path}/{source}/{split}")
+        size = key(f"source {source!r} in store {self.path}", split, self.manifest(source)["splits"])
+        found = Split(f"{self.path}/{source}/{split}")
+        if (len(found), found.tokens_count) != (size["documents"], size["tokens"]):
+            raise _damaged(found.path, f"{len(found)} documents, and its manifest has {size['documents']}")
+        return found
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer that all sources were encoded with."""
@@ -213,9 +219,33 @@ def _context() -> ts.Context:
 
 
 def _open(path: str, **how: Any) -> ts.TensorStore:
-    """Open a zarr3 array: to read, or as `how` says. Stores do not change, so cached chunks are not checked again."""
+    """Open a zarr3 array: to read, or as `how` says. Stores do not change, so cached chunks are not checked again.
+
+    Zeros are written like other values: what a reader misses is then damage.
+    """
     kvstore = f"{path}/" if "://" in path else dict(driver="file", path=f"{epath.Path(path).resolve()}/")
     spec = dict(driver="zarr3", kvstore=kvstore, recheck_cached_data="open")
+    spec |= dict(store_data_equal_to_fill_value=True) if how else dict(fill_missing_data_reads=False)
     if metadata := how.pop("metadata", None):
         spec["metadata"] = metadata
     return ts.open(spec, **(how or dict(read=True, context=_context()))).result()
+
+
+def _opened(path: str) -> ts.TensorStore:
+    try:
+        return _open(path)
+    except ValueError as e:
+        raise _damaged(path, e) from None
+
+
+def _read(path: str, array: ts.TensorStore) -> np.ndarray:
+    """The values of an array or of a part of it. Raises `Mistake` where any are damaged or missing."""
+    try:
+        return array.read().result()
+    except ValueError as e:
+        raise _damaged(path, e) from None
+
+
+def _damaged(path: str, why: object) -> Mistake:
+    line = str(why).splitlines()[0]
+    return Mistake(f"{path} is damaged or incomplete ({line}). Make the store anew: jaxlm prepare with --overwrite")

@@ -239,6 +239,26 @@ def test_augmented_differently_it_says_so(corpus, tmp_path):
             prepare(f"{tmp_path}/store", corpus, dict(kind="bytes"), augment=augment, workers=1)
 
 
+def test_other_synonyms_are_another_store(corpus, tmp_path):
+    (tmp_path / "synonyms.txt").write_text("dog, hound\n")
+    augment = [dict(name="eda", synonyms=f"{tmp_path}/synonyms.txt")]
+    for _ in range(2):
+        prepare(f"{tmp_path}/store", corpus, dict(kind="bytes"), augment=augment, workers=1)
+    (tmp_path / "synonyms.txt").write_text("dog, puppy\n")
+    with pytest.raises(Mistake, match=r"augment: \[.*digest.* there, .* now"):
+        prepare(f"{tmp_path}/store", corpus, dict(kind="bytes"), augment=augment, workers=1)
+
+
+def test_a_workdir_that_is_trained_further_is_another_recipe(tmp_path):
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "100" / "params").write_bytes(b"one")
+    specs = [dict(name="paraphrase", workdir=str(tmp_path))]
+    before = augmentation.recipe(specs)
+    assert before == augmentation.recipe(specs) and before[0].items() > specs[0].items()
+    (tmp_path / "checkpoints" / "100").rename(tmp_path / "checkpoints" / "200")
+    assert before != augmentation.recipe(specs)
+
+
 def write_pair(workdir, tokenizer):
     """The workdir of a tiny encoder-decoder that was never trained: it writes, whatever it may be."""
     section = dict(name="t5", layers=1, width=16, heads=2, head_width=8, mlp_width=32, context=64)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jaxlm import prepare as program
-from jaxlm.data import encode, store
-from jaxlm.data.beam import Beam
+from jaxlm.data import encode, sources, store
+from jaxlm.data.beam import Beam, _by_file
+from jaxlm.data.pipeline import Reading
+from jaxlm.data.splits import Splitter
 from jaxlm.lookup import Mistake
 from jaxlm.prepare import prepare
 from tests.test_prepare import contents
@@ -138,3 +140,11 @@ def test_the_command_takes_beams_options(corpus, tmp_path):
     )
     program.main([f"--config={config}", f"--beam={ONE}"])
     assert np.all(store.open(f"{tmp_path}/store").split("docs", "train").bytes > 0)
+
+
+def test_what_is_no_glob_is_read_whole(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    split = Splitter("document", 0.1, 0)
+    for spec, want in {"python-docs:": 1, "python-source:": 1, f"text:{tmp_path}/?.txt": 2}.items():
+        assert len(_by_file(Reading(spec, sources.find(spec), split))) == want

@@ -276,7 +276,7 @@ def test_a_source_with_nothing_to_predict_is_a_mistake():
         rows.validation(store, "none", length=LENGTH)
     with pytest.raises(Mistake, match="store memory has no 'dcs'"):
         rows.validation(store, "dcs", length=LENGTH)
-    with pytest.raises(Mistake, match=r"source 'docs'.*it has one document, and pairs take text of another"):
+    with pytest.raises(Mistake, match=r"source 'docs'.*one document in its train split; pairs take text of another"):
         rows.train(MemoryStore(docs=[np.arange(50)]), length=LENGTH, seed=0, pairs=True)
 
 

@@ -91,8 +91,31 @@ def test_damage_on_disk_is_noticed(tmp_path):
     content = bytearray(chunk.read_bytes())
     content[10] ^= 1
     chunk.write_bytes(content)
-    with pytest.raises(ValueError, match="Error reading shard entry"):
+    with pytest.raises(Mistake, match=r"train/tokens is damaged.*Error reading shard entry.*--overwrite"):
         store.open(tmp_path).split("docs", "train").document(0)
+
+
+@pytest.mark.parametrize("held", [0, 1 << 20], ids=["read at random", "held decoded"])
+@pytest.mark.parametrize("lost", ["tokens/c/0", "offsets/c/0", "bytes/c/0", "tokens/zarr.json"])
+def test_a_file_that_is_gone_is_no_row_of_zeros(tmp_path, monkeypatch, held, lost):
+    monkeypatch.setattr(store, "HELD", held)
+    make(tmp_path, [[0] * 50] * 50)
+    assert store.open(tmp_path).split("docs", "train").document(3).tolist() == [0] * 50, "zeros that are there"
+    (tmp_path / "docs/train" / lost).unlink()
+    with pytest.raises(Mistake, match=rf"train/{lost.partition('/')[0]} is damaged or incomplete"):
+        split = store.open(tmp_path).split("docs", "train")
+        assert split.bytes.sum() and split.document(3).size
+
+
+def test_a_split_has_what_its_manifest_says(tmp_path_factory):
+    tmp_path, other = (tmp_path_factory.mktemp("store") for _ in range(2))
+    make(tmp_path, [[1, 2]] * 3)
+    make(other, [[1, 2]] * 2)
+    (tmp_path / "docs/train").rename(tmp_path / "away")
+    (other / "docs/train").rename(tmp_path / "docs/train")
+    (tmp_path / "away").rename(other / "docs/train")
+    with pytest.raises(Mistake, match=r"incomplete .2 documents, and its manifest has 3"):
+        store.open(tmp_path).split("docs", "train")
 
 
 def test_a_store_knows_its_sources_vocabulary_and_tokenizer(tmp_path):

@@ -17,9 +17,11 @@ stands; only the kinds in NEIGHBOURS look at the other texts of a batch, which i
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 import hashlib
+import json
 import re
 from typing import Any, Protocol
 
+from etils import epath
 import numpy as np
 
 from jaxlm import lookup
@@ -74,6 +76,24 @@ class Augmentation:
                         copies.append(new)
                         made[rule.name] += 1
         return [text for copies in found for text in copies[not self._keep and len(copies) > 1 :]], made
+
+
+def recipe(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The specs as JSON, each with a digest of the files and workdirs that it names, so that a change is noticed."""
+    found = []
+    for spec in specs:
+        parts = []
+        for value in filter(lambda value: isinstance(value, str), spec.values()):
+            path = epath.Path(value)
+            if path.is_file():
+                parts.append(path.read_bytes())
+            elif (path / "checkpoints").is_dir():
+                parts.append(" ".join(sorted(step.name for step in (path / "checkpoints").iterdir())).encode())
+                files = path / "config.json", path / "summary.json"  # a summary has times: no two runs' are equal
+                parts += [file.read_bytes() for file in files if file.exists()]
+        digest = hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]
+        found.append(json.loads(json.dumps(dict(spec))) | (dict(digest=digest) if parts else {}))
+    return found
 
 
 class _Spent:

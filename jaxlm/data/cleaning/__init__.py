@@ -150,7 +150,9 @@ def _built_in(name: str, options: dict[str, Any]) -> tuple[Rule, dict[str, Any]]
 
 
 def _own(name: str, options: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
-    """A function by its dotted name; the recipe holds a digest of its source, so that a change is noticed."""
+    """A function by its dotted name; the recipe holds a digest of its module, so that a change is noticed: of its
+    helpers and constants, too.
+    """
     where, _, last = name.rpartition(".")
     try:
         module = importlib.import_module(where)
@@ -167,7 +169,7 @@ def _own(name: str, options: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
         pickle.dumps(rule)
     except Exception as e:
         raise Mistake(f"{WHERE}: {name} cannot be sent to a worker process: {e}") from None
-    source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    source = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
     return rule, dict(source=source, **{k: _plain(v) for k, v in options.items()})
 
 

@@ -54,6 +54,7 @@ class Source:
     size: int | None = None  # UTF-8 bytes to come, roughly, where that is known beforehand
     licence: str | None = None
     on_error: str = "raise"
+    by_file: bool = False  # whether its path names files that can be read one by one, on several machines
 
     def read(self, tally: Counter[str] | None = None) -> Iterator[Document]:
         """Yield the documents; raises `Mistake` at text that cannot be read, unless on_error=skip.
