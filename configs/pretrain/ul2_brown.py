@@ -3,8 +3,8 @@
     jaxlm prepare --config=configs/pretrain/ul2_brown.py --config.prepare.sources.brown="jsonl:PATH?field=text"
     jaxlm train --config=configs/pretrain/ul2_brown.py --workdir=runs/ul2_brown
 
-The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line. Not run to its end: after 300
-of 600 steps 5.53 nats a held-out token of the answers.
+The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line. Not run with this
+optimiser; with Muon, after 300 of 600 steps, 5.53 nats a held-out token of the answers.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config(size: str = "full") -> ConfigDict:
 
     c.objective = dict(name="ul2")
     c.model = dict(name="t5", layers=3, width=192, heads=6, head_width=32, mlp_width=512)
-    c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=50, final=0.0, weight_decay=0.1, clip=1.0)
+    c.optimizer = dict(name="adafactor", lr=2e-2, schedule="linear", warmup=50, final=0.0, clip=1.0)  # as t5_brown.py
     c.every = dict(log=50, eval=300, save=300)
     c.samples = dict(
         prompts=["[NLU]He said that he had <extra_id_0> to the <extra_id_1> .", "[S2S]He said that he had"], tokens=24
