@@ -4,13 +4,13 @@
     jaxlm train --config=configs/pretrain/t5_brown.py --workdir=runs/t5_brown
     python -m scripts.span_baseline --workdir=runs/t5_brown
 
-The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line. 30 % of the tokens are in gaps,
-not 15 %, so that more of them are asked for; what comes out is measured at 15 %.
+The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line. 30 % of the tokens are in
+gaps, not 15 %, so that more of them are asked for; what comes out is measured at 15 %.
 
 2 CPU cores shared with other work, 18 min of training: 4.39, 4.21, 4.05 and 3.97 nats a token of the answers, sentinels
-included, after 500, 1,000, 2,000 and 3,000 steps. Of 12,824 held-out tokens in gaps 5.16 nats each, 4.89 when it is told
-how long a gap is; a 5-gram that knows what stands on the left has 3.94, from either side 3.70. What it has learned by
-then is what stands in a gap before, not yet what stands around it.
+included, after 500, 1,000, 2,000 and 3,000 steps. Of 12,824 held-out tokens in gaps 5.16 nats each, 4.89 when it is
+told how long a gap is; a 5-gram that knows what stands on the left has 3.94, from either side 3.70. What it has learned
+by then is what stands in a gap before, not yet what stands around it.
 """
 
 from ml_collections import ConfigDict
