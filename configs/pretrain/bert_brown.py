@@ -1,7 +1,13 @@
-"""not measured: A small BERT on the Brown corpus, with next-sentence pairs.
+"""A BERT of 1.0 M parameters with next-sentence pairs, on the Brown corpus.
 
-jaxlm prepare --config=configs/pretrain/bert_brown.py --config.prepare.sources.brown=jsonl:PATH/*.jsonl.gz
-jaxlm train --config=configs/pretrain/bert_brown.py --workdir=runs/bert_brown
+    jaxlm prepare --config=configs/pretrain/bert_brown.py --config.prepare.sources.brown=jsonl:PATH/*.jsonl.gz
+    jaxlm train --config=configs/pretrain/bert_brown.py --workdir=runs/bert_brown
+
+The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line.
+
+2 CPU cores shared with other work, 11 min of training: masked tokens of held-out text cost 6.24, 6.09 and 6.06 nats
+after 500, 1,000 and 1,500 steps; what the frequencies of tokens alone give is 6.60. Of the pairs 49.7, 64.3 and 71.8 %
+are told right (chance: 50). On WikiText-2's validation text 6.31 nats and 54.9 %.
 """
 
 from ml_collections import ConfigDict
