@@ -67,6 +67,7 @@ def train(
     """
     settings = {name: value for name, value in locals().items() if name != "workdir"}
     tokens = open_store(store)
+    _same_sources(tokens, prepare, data)
     grid = lookup.spend("config.mesh", axes.mesh, mesh)
     rules = {**axes.RULES, **(rules or {})}
     when = lookup.spend("config.every", Every, every)
@@ -166,6 +167,19 @@ def train(
         if log.writes:
             _summarise(workdir, blueprint, found)
         return found
+
+
+def _same_sources(store: Store, prepare: Section, data: Section) -> None:
+    """Raise `Mistake` where a store has other sources than those that the config has it made of, and no weights say
+    which to train on; a store that shares none with the config was chosen on purpose.
+    """
+    named, held = set((prepare or {}).get("sources") or ()), set(store.sources)
+    if named & held and named != held and not (data or {}).get("weights"):
+        raise Mistake(
+            f"the store {store.path} holds the sources {', '.join(sorted(held))}, and config.prepare.sources names "
+            f"{', '.join(sorted(named))}: run `jaxlm prepare`, remove the folder of one that is not wanted, or say "
+            "in config.data.weights what to train on"
+        )
 
 
 def _same_run(workdir: str, settings: Mapping[str, Any], saved: list[int], store: Store) -> None:

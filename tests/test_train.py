@@ -250,6 +250,15 @@ def test_a_store_of_another_tokenizer_is_not_gone_on_with(store, whole, tmp_path
     assert (whole / "tokenizer" / "spec.json").read_text() == before
 
 
+@pytest.mark.parametrize("named", [["prose"], ["prose", "lists", "more"]], ids=["one fewer", "one more"])
+def test_a_store_with_other_sources_than_the_config_names_is_not_mixed_without_a_word(store, tmp_path, named):
+    asked = settings(prepare=dict(sources=dict.fromkeys(named, "text:a.txt")), data=None)
+    names = ", ".join(sorted(named))
+    with pytest.raises(Mistake, match=f"holds the sources lists, prose, and config.prepare.sources names {names}:"):
+        train.train(str(tmp_path), store=store, **asked)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unfinished_store_is_never_trained_on(store, tmp_path):
     manifest = Path(store) / "prose" / "manifest.json"
     manifest.rename(manifest.with_suffix(".away"))

@@ -69,7 +69,10 @@ class Pipeline:
         """From sections of `config.prepare`; raises `Mistake` for what they cannot be. Reads the evaluation sets."""
         cleaner = Cleaner.of(clean)
         duplicates = None if dedup_ is None else spend("config.prepare.dedup", dedup, dedup_)
-        sets = None if decontaminate is None else spend("config.prepare.decontaminate", contamination, decontaminate)
+        sets = None
+        if decontaminate is not None:
+            how = dict(clean=lambda text: cleaner(text).text)
+            sets = spend("config.prepare.decontaminate", contamination, decontaminate, **how)
         return cls(splitter, cleaner.then("decontaminate", sets) if sets else cleaner, duplicates, sets)
 
     @property

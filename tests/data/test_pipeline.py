@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm import prepare as program
 from jaxlm.data import encode, pipeline, sources
+from jaxlm.data.splits import Splitter
 from jaxlm.lookup import Mistake
 from jaxlm.prepare import prepare
 
@@ -320,3 +321,13 @@ def test_explain_shows_the_same_sample_every_time_and_makes_nothing(corpus, tmp_
         program.main([*flags, "--config.prepare.dedupe=1"])
     with pytest.raises(Mistake, match="names no rule to explain"):
         program.main([*flags, "--config.prepare.clean=[]", "--config.prepare.decontaminate=None"])
+
+
+@pytest.mark.parametrize("clean", [(), ("pii",)], ids=["as it is", "scrubbed"])
+def test_a_rule_that_changes_text_hides_no_contamination(tmp_path, clean):
+    ask = "Please write to john.smith@example.com and ask for the new printed catalogue of the second half"
+    (tmp_path / "exam.txt").write_text(f"{ask} spring")
+    found = pipeline.Pipeline.of(
+        Splitter("document", 0.0, 0), clean, decontaminate=dict(sources=dict(e=f"text:{tmp_path}/exam.txt"))
+    )
+    assert found.cleaner(ask).text is None and found.cleaner("Please write to john.smith@example.com").text
