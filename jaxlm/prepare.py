@@ -346,6 +346,9 @@ def main(argv: list[str]) -> None:
     """Read the command line and prepare the store of a config."""
     argv = ["--explain=20" if flag == "--explain" else flag for flag in argv]
     args = config.parse(__doc__ or "", argv, workdir=None, overwrite=False, workers=0, explain=0, show=0, beam="")
+    for name in ("workers", "explain", "show"):
+        if (count := getattr(args, name)) < 0:
+            raise Mistake(f"--{name}={count} is a number from 0 up")
     if args.show:
         return show(args.config.to_dict(), args.show)
     section = args.config.get("prepare", ConfigDict()).to_dict()

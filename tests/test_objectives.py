@@ -179,5 +179,7 @@ def test_eight_devices_sum_what_one_does(name):
 
 @every
 def test_an_option_that_is_not_is_refused(name, options):
+    with pytest.raises(lookup.Mistake, match=r"config\.objective needs a name, one of: clm, denoise"):
+        objectives.of(dict(rate=0.3), length=LENGTH, words=words(), kind="decoder")
     with pytest.raises(lookup.Mistake, match=r"config\.objective has no 'rtae'"):
         task(name, {**options, "rtae": 0.15})

@@ -240,6 +240,9 @@ def test_the_command_prepares_what_the_config_says(corpus, tmp_path, capsys):
     assert store.open(f"{tmp_path}/store").manifest("docs")["validation"] == 0.1
     with pytest.raises(Mistake, match=r"validation: 0.1 there, 0.2 now"):
         program.main([*flags, "--config.prepare.validation=0.2"])
+    for flag in ("--workers=-1", "--show=-1", "--explain=-1"):
+        with pytest.raises(Mistake, match=f"{flag} is a number from 0 up"):
+            program.main([*flags, flag])
     program.main([*flags, "--config.prepare.validation=0.2", "--overwrite"])
     assert "tokens/s" in capsys.readouterr().out
 

@@ -74,8 +74,10 @@ def _parse(template: str) -> list[tuple[str, list[str]]]:
 
 
 def _field(record: Mapping[str, Any], name: str, where: str) -> Any:
-    if record.get(name) is None:
+    if name not in record:
         raise Fault("missing field", f"{where}: {lookup.miss('the record', name, record)}")
+    if record[name] is None:
+        raise Fault("missing field", f"{where}: the record's {name!r} is null")
     return record[name]
 
 

@@ -50,7 +50,9 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
     Raises `Mistake` for a name or key that is not, and for a kind of model that it does not train.
     """
     options = dict(section or {"name": "clm"})
-    module = lookup.module(__name__, name := options.pop("name", "?"))
+    if "name" not in options:
+        raise lookup.Mistake(f"config.objective needs a name, one of: {', '.join(lookup.names(__name__))}")
+    module = lookup.module(__name__, name := options.pop("name"))
     if kind not in module.KINDS:
         able = [n for n in lookup.names(__name__) if kind in lookup.module(__name__, n).KINDS]
         raise lookup.Mistake(

@@ -223,7 +223,7 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(kind, content, mess
 
 def test_a_null_in_parquet_is_named_or_skipped_and_counted(tmp_path):
     pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
-    with pytest.raises(Mistake, match=r"a.parquet, row 2: the record has no 'text'"):
+    with pytest.raises(Mistake, match=r"a.parquet, row 2: the record's 'text' is null"):
         texts(f"parquet:{tmp_path}/a.parquet")
     tally = Counter()
     assert texts(f"parquet:{tmp_path}/a.parquet?on_error=skip", tally) == ["one", "two"] and tally["missing field"] == 1
