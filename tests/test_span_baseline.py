@@ -24,7 +24,7 @@ def test_what_t5_is_measured_by_is_its_loss_on_the_same_examples(tmp_path):
         c["store"],
     )
     found = spend("config", train.train, c | {"mesh": dict(data=1)}, str(tmp_path / "run"))
-    measured = span_baseline.measure(str(tmp_path / "run"))
+    measured = span_baseline.measure(str(tmp_path / "run"), rate=c["objective"]["rate"])
     nats = (measured["t5"] + measured["ends"]) * measured["tokens"]
     documents = nats / found["loss"] - measured["tokens"] - measured["gaps"]  # a sentinel for each gap, and their eos
     assert round(documents) > 5 and abs(documents - round(documents)) < 0.01
