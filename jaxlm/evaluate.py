@@ -103,6 +103,8 @@ def by_objective(model: lm.LM, data: str, *, batch: int, limit: int | None) -> d
         seed = None if task.exact else 0
         each = rows.batches(held, batch=batch, features=task.features, seed=seed)
         found[f"{name} validation"] = held_out.measure(functools.partial(loss, model.params), each)
+    if not sum(row["tokens"] for row in found.values()):
+        raise Mistake(f"--data={data} holds nothing to predict")
     return found
 
 
@@ -115,13 +117,13 @@ def report(total: Score, count: int) -> dict[str, Any]:
 
 
 def by_text(
-    model: lm.LM, data: str, *, context: int | None, stride: int | None, batch: int, limit: int | None
+    model: lm.LM, data: str, *, context: int, stride: int | None, batch: int, limit: int | None
 ) -> dict[str, dict[str, Any]]:
     """A decoder's figures by source, and of all together. Raises `Mistake` for data without a token to predict."""
     results, scores = {}, []
     for name, found in documents(model, data).items():
         some = itertools.islice(found, limit)
-        each = perplexity.evaluate(model.nll, some, context=context or model.context, stride=stride, batch=batch)
+        each = perplexity.evaluate(model.nll, some, context=context, stride=stride, batch=batch)
         results[name] = report(sum(each, Score()), len(each))
         scores += each
     if not sum(score.tokens for score in scores):
@@ -159,8 +161,11 @@ def main(argv: list[str]) -> int:
         raise Mistake(f"{args.workdir} was not trained on a store; name what to evaluate on: --data=SOURCE")
     data, how = args.data or f"store:{store}", dict(batch=args.batch, limit=args.limit)
     if model.blueprint.kind == "decoder":
-        results = by_text(model, data, context=args.context, stride=args.stride, **how)
+        context = model.context if args.context is None else args.context
+        results = by_text(model, data, context=context, stride=args.stride, **how)
     else:
+        if (args.context, args.stride) != (None, None):
+            raise Mistake(f"--context and --stride are for decoders; {model.blueprint.name} reads rows of its objective")
         results = by_objective(model, data, **how)
     if args.json:
         text = json.dumps(dict(workdir=args.workdir, data=data, results=results), indent=1)

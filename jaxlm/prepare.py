@@ -79,9 +79,8 @@ def prepare(
     run = Beam(beam) if beam else local
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
     root = epath.Path(store)
-    workdir = [name for name in ("config.json", "checkpoints", "metrics.jsonl") if (root / name).exists()]
-    if workdir:
-        raise Mistake(f"{store} is the workdir of a run: it has {workdir[0]}; choose another folder for config.store")
+    if (root / "config.json").is_file():
+        raise Mistake(f"{store} is the workdir of a run: it has config.json; choose another folder for config.store")
     if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
         raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
     if overwrite and root.exists():
@@ -99,8 +98,9 @@ def prepare(
     chosen = _select(root, {name: readings[name] for name in order}, recipes, pipeline, run) if order else {}
     readings = {name: reading._replace(selection=chosen.get(name)) for name, reading in readings.items()}
     tok = _tokenizer(root / "tokenizer", dict(tokenizer), _training_texts(root, readings, pipeline, local), recipes)
+    augmented = augmentations.recipe(augment) or None
     for name, reading in readings.items():
-        recipe = dict(recipes[name], tokenizer=tok.fingerprint, augment=augmentations.recipe(augment) or None)
+        recipe = dict(recipes[name], tokenizer=tok.fingerprint, augment=augmented)
         _prepare_source(root / name, reading, recipe, tok, pipeline, augmentation, run)
     for name in found:
         (root / name / SELECTION).rmtree(missing_ok=True)

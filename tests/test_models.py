@@ -270,8 +270,11 @@ def test_eight_devices_compute_what_one_does(name, params, sizes):
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh(name):
-    mesh = axes.mesh(data=2, fsdp=2, tensor=2)
-    jax.tree.map(np.testing.assert_array_equal, fresh(name), blueprint(name).init(0, mesh))
+    placed = blueprint(name).init(0, axes.mesh(data=2, fsdp=2, tensor=2))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(placed)), "it is split at all"
+    assert jax.tree.structure(placed) == jax.tree.structure(fresh(name))
+    for one, other in zip(jax.tree.leaves(placed), jax.tree.leaves(fresh(name)), strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_layers_are_drawn_apart(name):

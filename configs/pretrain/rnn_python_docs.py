@@ -1,7 +1,10 @@
-"""An LSTM of 2 M parameters on the text that ships with every Python: the classical neural baseline (not measured).
+"""An LSTM of 2 M parameters on the text that ships with every Python: a classical baseline (its time is not measured).
 
-jaxlm prepare --config=configs/pretrain/python_docs.py                  the same store
-jaxlm train --config=configs/pretrain/rnn_python_docs.py --workdir=runs/rnn_python_docs
+    jaxlm prepare --config=configs/pretrain/python_docs.py                  the same store
+    jaxlm train --config=configs/pretrain/rnn_python_docs.py --workdir=runs/rnn_python_docs
+
+2 CPU cores: 1.969, 1.816 and 1.736 bits per byte after 400, 800 and 1,200 steps, on held-out text of Python 3.11.7
+(5-gram 1.828, 2-gram 2.081).
 """
 
 from ml_collections import ConfigDict

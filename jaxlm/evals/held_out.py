@@ -24,8 +24,7 @@ def measure(loss: Callable[[Mapping[str, Any]], Sums], batches: Iterable[Mapping
         for name, (total, weight) in sums.others.items():
             before = others.get(name, (0.0, 0.0))
             others[name] = before[0] + float(total), before[1] + float(weight)
-    mean, each = nats / max(tokens, 1.0), max(tokens, 1.0)
+    mean, accuracy = nats / max(tokens, 1.0), correct / max(tokens, 1.0)
     means = {name: total / max(weight, 1.0) for name, (total, weight) in others.items()}
-    return dict(
-        loss=mean, perplexity=math.exp(min(mean, 700.0)), accuracy=correct / each, **means, nats=nats, tokens=tokens
-    )
+    figures = dict(loss=mean, perplexity=math.exp(min(mean, 700.0)), accuracy=accuracy)
+    return figures | means | dict(nats=nats, tokens=tokens)

@@ -334,6 +334,7 @@ def test_the_recipe_names_every_option_and_notices_another_filter():
     assert recipe[0] == dict(name="length", min_characters=1, max_characters=None, min_words=0, max_words=None)
     assert recipe[1]["banned"] == ["a"] and recipe[1]["min_words"] == 5
     assert len(recipe[2]["source"]) == 16
+    assert recipe[2:] != Cleaner.of(["tests.data.own_filters.shout"]).recipe, "another filter of the same module"
 
 
 def test_a_filter_s_helpers_belong_to_its_recipe(tmp_path, monkeypatch):

@@ -83,8 +83,7 @@ def recipe(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for spec in specs:
         parts = []
-        for value in filter(lambda value: isinstance(value, str), spec.values()):
-            path = epath.Path(value)
+        for path in (epath.Path(value) for key, value in spec.items() if key != "name" and isinstance(value, str)):
             if path.is_file():
                 parts.append(path.read_bytes())
             elif (path / "checkpoints").is_dir():
