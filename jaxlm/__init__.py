@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from jaxlm.lm import LM
 
 
-def load(workdir: str, *, step: str | int = "newest") -> "LM":
-    """The trained model of a workdir: see `jaxlm.lm`."""
+def load(path: str, *, step: str | int = "newest", dtype: str = "auto", specials: bool = False) -> "LM":
+    """The model of a workdir or of a Hugging Face folder: see `jaxlm.lm.load`."""
     from jaxlm import lm  # not before it is asked for: the programs that need no jax start fast
 
-    return lm.load(workdir, step=step)
+    return lm.load(path, step=step, dtype=dtype, specials=specials)

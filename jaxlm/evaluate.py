@@ -165,7 +165,9 @@ def main(argv: list[str]) -> int:
         results = by_text(model, data, context=context, stride=args.stride, **how)
     else:
         if (args.context, args.stride) != (None, None):
-            raise Mistake(f"--context and --stride are for decoders; {model.blueprint.name} reads rows of its objective")
+            raise Mistake(
+                f"--context and --stride are for decoders; {model.blueprint.name} reads rows of its objective"
+            )
         results = by_objective(model, data, **how)
     if args.json:
         text = json.dumps(dict(workdir=args.workdir, data=data, results=results), indent=1)

@@ -266,8 +266,10 @@ class LM:
         if in_ids and (stop or stream or any(isinstance(text, str) for text in texts)):
             raise Mistake("prompts are all texts or all token ids; stop strings and stream are for texts")
         copies = num_return_sequences
-        if copies < 1 or max_new_tokens < 1 or batch < 1 or "" in stop:
-            raise Mistake("num_return_sequences, max_new_tokens, batch: 1 at least; and a stop string is not empty")
+        if min(copies, max_new_tokens, batch, beams) < 1 or "" in stop:
+            raise Mistake(
+                "num_return_sequences, max_new_tokens, batch, beams: 1 at least; and a stop string is not empty"
+            )
         if stream and len(texts) * copies * beams > 1:
             raise Mistake(
                 f"stream follows one text; {len(texts)} prompts x {copies} sequences x {beams} beams are more"

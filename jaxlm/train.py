@@ -106,6 +106,8 @@ def train(
         _same_run(workdir, settings, checkpoints.steps(), tokens)
         restored = checkpoints.restore(shapes)
         start = restored[0] if restored else 0
+        if start > steps:
+            raise Mistake(f"{workdir} is at step {start} already, past config.steps={steps}")
         given = None  # embeddings to begin with, for a run that begins
         if init and not restored:
             width = blueprint.shapes["embed_VD"].shape[1]
@@ -142,7 +144,7 @@ def train(
                     _note(log, before, step - 1, limits.patience)
                 last = step == steps
                 stopping = stop(step)
-                if step % when.log == 0 or last or stopping:
+                if (when.log and step % when.log == 0) or last or stopping:
                     _note(log, metrics, step, limits.patience)
                     numbers = {key: float(value) for key, value in metrics.items()}
                     log.train(step, numbers | {"lr": float(rate(step - 1))})

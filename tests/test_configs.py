@@ -34,3 +34,5 @@ def test_a_config_prepares_trains_evaluates_and_samples(path, tmp_path):
         assert again == pytest.approx({key: found[key] for key in again}) and again.keys() > {"loss", "accuracy"}
         with pytest.raises(Mistake, match="give --data=store:PATH"):
             evaluate.main([f"--workdir={tmp_path}/run", f"--data={text}"])
+        with pytest.raises(Mistake, match="--context and --stride are for decoders"):
+            evaluate.main([f"--workdir={tmp_path}/run", "--stride=8"])

@@ -109,6 +109,8 @@ def test_data_that_is_not_there_or_does_not_fit_is_a_mistake(workdir, tmp_path):
     ]:
         with pytest.raises(Mistake, match=complaint):
             evaluate.main([f"--workdir={workdir}", f"--data={data}"])
+    with pytest.raises(Mistake, match="outside 1 to 0, the context"):
+        evaluate.main([f"--workdir={workdir}", "--context=0"])
     with pytest.raises(Mistake, match="did you mean '--stride'"):
         evaluate.main([f"--workdir={workdir}", "--strid=2"])
 

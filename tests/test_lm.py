@@ -160,6 +160,8 @@ def test_options_that_cannot_be_are_mistakes(lm):
         (dict(forced_bos=5), "forced_bos=5 is for encoder-decoders"),
         (dict(stop=[""]), "stop string is not empty"),
         (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(beams=0), "beams: 1 at least"),
+        (dict(beams=-3), "beams: 1 at least"),
         (dict(num_return_sequences=2, stream=print), "stream follows one text"),
     ]:
         with pytest.raises(Mistake, match=re.escape(complaint)):
@@ -199,6 +201,16 @@ def test_a_workdir_is_loaded_with_all_it_holds(lm, tmp_path):
     assert loaded.config.length == loaded.context == 32
     np.testing.assert_array_equal(loaded.logits([1, 2, 3]), lm.logits([1, 2, 3]))
     assert loaded.tokenizer.fingerprint == lm.tokenizer.fingerprint
+    half = jaxlm.load(str(tmp_path), step=3, dtype="bfloat16", specials=True)
+    assert half.blueprint.config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_more_new_tokens_than_a_number_holds_are_as_many_as_there_is_room_for(lm, beams):
+    how = dict(temperature=0, beams=beams) if beams == 1 else dict(beams=beams)
+    want = lm.generate([[5, 6, 7]], max_new_tokens=CONTEXT, **how)
+    assert want[0] and lm.generate([[5, 6, 7]], max_new_tokens=2**31 - 1, **how) == want
+    assert lm.generate([[5, 6, 7]], max_new_tokens=10**11, **how) == want
 
 
 def test_a_folder_that_is_no_workdir_or_has_no_checkpoint_is_a_mistake(tmp_path, lm):

@@ -231,6 +231,19 @@ def test_a_mistake_in_the_config_is_answered_before_the_first_step(store, tmp_pa
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_run_that_is_past_the_steps_asked_for_says_so_and_is_left_alone(store, whole):
+    before = {name: (whole / name).read_text() for name in ("config.json", "metrics.jsonl")}
+    with pytest.raises(Mistake, match=rf"is at step {STEPS} already, past config.steps={STEPS - 1}"):
+        train.train(str(whole), store=store, **settings(steps=STEPS - 1))
+    assert {name: (whole / name).read_text() for name in before} == before
+
+
+def test_without_a_step_to_log_at_only_the_last_is_logged(store, tmp_path):
+    train.train(str(tmp_path), store=store, **settings(steps=2, every=dict(log=0)))
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "tokens_per_s" in line] == [2]
+
+
 def test_a_workdir_of_another_model_is_refused_and_left_alone(store, whole):
     before = (whole / "config.json").read_text()
     other = settings()["model"] | {"width": 64}

@@ -5,9 +5,9 @@
 
 It is the last of `jaxlm.data.cleaning`'s rules: it sees the clean text, and is counted by set. So the sets are read as
 they are and, where the other rules change them, as those leave them: an address that has become <email> here is one in
-the set, too. Words are compared as `jaxlm.data.shingles` normalises them; each n-gram of the sets costs 8 bytes in every
-worker. Texts of fewer words than `ngram` cannot be recognised; the manifest says how many each set has. What goes is in
-neither split.
+the set, too. Words are compared as `jaxlm.data.shingles` normalises them; each n-gram of the sets costs 8 bytes in
+every worker. Texts of fewer words than `ngram` cannot be recognised; the manifest says how many each set has. What goes
+is in neither split.
 """
 
 from collections.abc import Callable, Mapping

@@ -142,7 +142,7 @@ class Engine:
         pair = self.blueprint.kind == "encoder-decoder"  # the prompt is the encoder's, and the row begins anew
         if lengths.max() >= context + pair:
             raise Mistake(f"a prompt of {lengths.max():,} tokens leaves no room in a context of {context:,}")
-        limits = np.minimum(np.where(pair, 1, lengths) + max_new_tokens, context)
+        limits = np.minimum(np.where(pair, 1, lengths) + min(max_new_tokens, context), context)
         slots = bucket(int(limits.max()), 64, context)
         most = bucket(int(lengths.max()), 16, context if pair else slots)
         tokens_BT = np.zeros((bucket(len(prompts)), most), np.int32)
