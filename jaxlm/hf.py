@@ -338,14 +338,14 @@ def _named(pattern: str, sizes: dict[str, int], parts: int) -> dict[str, int]:
 
 def _place(old: Any, part: np.ndarray, at: tuple[int, ...], shape: tuple[int, ...], place: NamedSharding) -> Any:
     """Put a part on the devices that hold it; one layer (or expert) goes into its place in the stack. For a CPU the
-    stack is made where it will lie, and nothing is compiled for it.
+    array is filled where it will lie: nothing is compiled for it, and no copy waits in the background.
     """
-    if not at:
-        return jax.device_put(np.ascontiguousarray(part, np.float32), place)
     if [device.platform for device in place.device_set] == ["cpu"]:
         old = _aligned(shape) if old is None else old
         old[at] = part
         return old
+    if not at:
+        return jax.device_put(np.ascontiguousarray(part, np.float32), place)
     spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
     inner = NamedSharding(place.mesh, PartitionSpec(*spec[len(at) :]))
     layer = jax.device_put(np.ascontiguousarray(part, np.float32), inner)

@@ -3,6 +3,7 @@
 import sys
 import types
 
+import einops
 import numpy as np
 import pytest
 
@@ -87,6 +88,7 @@ def test_what_has_to_be_installed_is_told_before_the_weights_are_read(tmp_path, 
 
 def test_a_class_that_transformers_does_not_have_is_a_mistake(tmp_path, monkeypatch):
     quiet = types.SimpleNamespace(set_verbosity_error=lambda: None, disable_progress_bar=lambda: None)
+    einops.rearrange(np.zeros(1), "D -> D")  # at its first array einops looks into torch, if there is one
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(__version__="4.0", logging=quiet))
     with pytest.raises(Mistake, match=r"transformers 4.0 has no Qwen3ForCausalLM"):
