@@ -167,6 +167,17 @@ def spec(
     return PartitionSpec(*out)
 
 
+def names(to: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a `PartitionSpec`."""
+    return () if to is None else (to,) if isinstance(to, str) else tuple(to)
+
+
+def ways(spec: PartitionSpec) -> int:
+    """In how many parts such an array is split on the mesh of the enclosing `on`."""
+    place = here()
+    return 1 if place is None else math.prod(place[0].shape[name] for to in spec for name in names(to))
+
+
 @functools.cache
 def _say_once(line: str) -> None:
     logging.getLogger("jaxlm").info(line)
@@ -191,6 +202,10 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     if place is None or place[0].size == 1:
         return x
     mesh, rules = place
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)  # within a shard_map x is this device's part already
+    if manual:
+        rest = {letter: tuple(name for name in names(to) if name not in manual) for letter, to in rules.items()}
+        return jax.lax.with_sharding_constraint(x, spec(letters, x.shape, mesh, rest))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, x.shape, mesh, rules)))
 
 

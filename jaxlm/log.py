@@ -20,12 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from jaxlm import chips
 from jaxlm.program import is_disk_full
-
-PEAK_FLOPS = {  # dense bfloat16 FLOP/s of one device, as the makers publish it; other devices report no MFU
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
-}  # fmt: skip
 
 
 def lines(workdir: str) -> list[dict[str, Any]]:
@@ -156,9 +152,9 @@ class Log:
     def _device(self) -> dict[str, float]:
         device = jax.local_devices()[0]
         out = {}
-        peak = next((f for kind, f in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), 0.0)
-        if peak and self.flops_per_token:
-            out["mfu"] = self.tokens_per_s * self.flops_per_token / (peak * jax.device_count())
+        chip = chips.of(device.device_kind)  # of others no MFU is told
+        if chip and self.flops_per_token:
+            out["mfu"] = self.tokens_per_s * self.flops_per_token / (chip.flops * jax.device_count())
         memory = (device.memory_stats() or {}).get("peak_bytes_in_use") if device.platform != "cpu" else None
         return out | ({"memory_gb": memory / 1e9} if memory else {})
 

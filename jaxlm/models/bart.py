@@ -17,7 +17,7 @@ from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
 from jaxlm.nn import tables
 from jaxlm.nn.attention import Attention
-from jaxlm.nn.linear import dropout, embed, normal, zeros
+from jaxlm.nn.linear import dropout, embed, normal, stream, zeros
 from jaxlm.nn.mlp import GELU, MLP
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.pair import Pair, through
@@ -45,7 +45,7 @@ class Config:
     dropout: float = 0.0
     attention: str = "auto"
     remat: str = "none"
-    dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+    dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -76,12 +76,12 @@ class Block(nnx.Module):
         """`cross` is what `Attention.over` takes: keys, values and a mask."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         y_BTD, cache = self.attn(x_BTD.astype(self.dtype), mask, None, cache, layer)
-        x_BTD = self.norm1(x_BTD + dropout(y_BTD, self.dropout, keys[0]), jnp.float32)
+        x_BTD = self.norm1(x_BTD + dropout(y_BTD, self.dropout, keys[0]), stream(self.dtype))
         if self.cross is not None and self.cross_norm is not None:
             y_BTD = self.cross.over(x_BTD.astype(self.dtype), *(cross or ()))
-            x_BTD = self.cross_norm(x_BTD + dropout(y_BTD, self.dropout, keys[1]), jnp.float32)
+            x_BTD = self.cross_norm(x_BTD + dropout(y_BTD, self.dropout, keys[1]), stream(self.dtype))
         y_BTD = self.mlp(x_BTD.astype(self.dtype))
-        x_BTD = self.norm2(x_BTD + dropout(y_BTD, self.dropout, keys[2]), jnp.float32)
+        x_BTD = self.norm2(x_BTD + dropout(y_BTD, self.dropout, keys[2]), stream(self.dtype))
         return axes.constrain(x_BTD, "BTD"), cache
 
 
@@ -100,9 +100,9 @@ class Stack(nnx.Module):
         longest = x_BTD.shape[1] if cache is None else cache.slots
         if c.context < longest:
             raise Mistake(f"bart: {longest} positions, but only config.model.context={c.context} were learned")
-        x_BTD = x_BTD * (c.width**0.5 if c.scaled else 1.0) + embed(self.positions_TD, positions_BT + SKIPPED)
+        x_BTD = x_BTD * (c.width**0.5 if c.scaled else 1.0) + embed(self.positions_TD, positions_BT + SKIPPED, c.dtype)
         first = None if key is None else jax.random.fold_in(key, self.layers)
-        x_BTD = axes.constrain(dropout(self.norm(x_BTD, jnp.float32), c.dropout, first), "BTD")
+        x_BTD = axes.constrain(dropout(self.norm(x_BTD, stream(c.dtype)), c.dropout, first), "BTD")
         x_BTD, cache = through(self.blocks, self.layers, x_BTD, mask, memory, cache, key, remat=c.remat)
         return x_BTD.astype(c.dtype), cache
 

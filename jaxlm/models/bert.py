@@ -19,7 +19,7 @@ from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
 from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
-from jaxlm.nn.linear import Head, dense, dropout, embed, normal, zeros
+from jaxlm.nn.linear import Head, dense, dropout, embed, normal, stream, zeros
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.masked import transformed
 from jaxlm.nn.mlp import GELU, MLP, Dense
@@ -52,7 +52,7 @@ class Config:
     dropout: float = 0.0
     attention: str = "auto"
     remat: str = "none"
-    dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+    dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -80,9 +80,9 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, mask, key=None):
         keys = (None, None) if key is None else jax.random.split(key)
         y_BTD, _ = self.attn(x_BTD.astype(self.dtype), mask)
-        x_BTD = self.norm1(x_BTD + dropout(y_BTD, self.dropout, keys[0]), jnp.float32)
+        x_BTD = self.norm1(x_BTD + dropout(y_BTD, self.dropout, keys[0]), stream(self.dtype))
         y_BTD = self.mlp(x_BTD.astype(self.dtype))
-        x_BTD = self.norm2(x_BTD + dropout(y_BTD, self.dropout, keys[1]), jnp.float32)
+        x_BTD = self.norm2(x_BTD + dropout(y_BTD, self.dropout, keys[1]), stream(self.dtype))
         return axes.constrain(x_BTD, "BTD")
 
 
@@ -126,10 +126,10 @@ class Model(nnx.Module):
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT)
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, layers), jax.random.split(key, layers)]
-        x_BTD = embed(self.embed_VD, tokens_BT) + embed(self.positions_TD, positions_BT + c.skipped)
+        x_BTD = embed(self.embed_VD, tokens_BT, c.dtype) + embed(self.positions_TD, positions_BT + c.skipped, c.dtype)
         if self.types_CD is not None:
-            x_BTD += embed(self.types_CD, jnp.zeros_like(tokens_BT) if types_BT is None else types_BT)
-        x_BTD = axes.constrain(dropout(self.norm(x_BTD, jnp.float32), c.dropout, keys[0]), "BTD")
+            x_BTD += embed(self.types_CD, jnp.zeros_like(tokens_BT) if types_BT is None else types_BT, c.dtype)
+        x_BTD = axes.constrain(dropout(self.norm(x_BTD, stream(c.dtype)), c.dropout, keys[0]), "BTD")
         mask = Mask(causal=False, segments_BT=segments_BT)
         x_BTD = scan(blocks, x_BTD, lambda block, x_BTD, key: block(x_BTD, mask, key), keys[1], remat=c.remat)
         return x_BTD.astype(c.dtype), None

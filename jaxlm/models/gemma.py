@@ -19,7 +19,7 @@ from jaxlm.axes import shaped
 from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import Head, dropout, embed, normal
+from jaxlm.nn.linear import Head, dropout, embed, normal, stream
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.mlp import GELU_TANH, GatedMLP
 from jaxlm.nn.norms import HeadNorm, RMSNorm
@@ -56,7 +56,7 @@ class Config:
     norm_eps: float = 1e-6
     attention: str = "auto"
     remat: str = "none"
-    dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+    dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):
         object.__setattr__(self, "rope_scaling", positions.Scaling.of(self.rope_scaling))
@@ -85,9 +85,9 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, mask, angles, cache=None, layer=None, key=None):
         keys = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attn(self.norm1(x_BTD, self.dtype), mask, angles, cache, layer)
-        y_BTD = self.after1(y_BTD, jnp.float32)
+        y_BTD = self.after1(y_BTD, stream(self.dtype))
         x_BTD = axes.constrain(x_BTD + dropout(y_BTD, self.dropout, keys[0]), "BTD")
-        y_BTD = self.after2(self.mlp(self.norm2(x_BTD, self.dtype)), jnp.float32)
+        y_BTD = self.after2(self.mlp(self.norm2(x_BTD, self.dtype)), stream(self.dtype))
         return axes.constrain(x_BTD + dropout(y_BTD, self.dropout, keys[1]), "BTD"), cache
 
 
@@ -112,7 +112,7 @@ class Model(nnx.Module):
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
         wide = positions.angles(positions_BT, c.head_width, c.rope_base, c.rope_scaling)
         near = positions.angles(positions_BT, c.head_width, c.rope_base_local)
-        x_BTD = embed(self.embed_VD, tokens_BT) * c.width**0.5
+        x_BTD = embed(self.embed_VD, tokens_BT, c.dtype) * c.width**0.5
         keys = None if key is None else jax.random.split(key, c.layers)
 
         def step(block, carry, extra, is_global):

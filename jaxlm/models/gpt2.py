@@ -46,7 +46,7 @@ class Config:
     norm_eps: float = 1e-5
     attention: str = "auto"
     remat: str = "none"
-    dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+    dtype: str = "float32"  # what products are computed in; parameters are float32
 
     @property
     def head_width(self) -> int:
@@ -99,7 +99,7 @@ class Model(nnx.Module):
             raise Mistake(f"gpt2: {T} positions, but only config.model.context={c.context} were learned")
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
-        x_BTD = embed(self.embed_VD, tokens_BT) + embed(self.positions_TD, positions_BT)
+        x_BTD = embed(self.embed_VD, tokens_BT, c.dtype) + embed(self.positions_TD, positions_BT, c.dtype)
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
 

@@ -57,7 +57,7 @@ class Config:
     norm_eps: float = 1e-5
     attention: str = "auto"
     remat: str = "none"
-    dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+    dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):
         lookup.key("config.model.bias", self.bias, BIAS)
@@ -116,7 +116,7 @@ class Model(nnx.Module):
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT, cache)
         angles = positions.angles(positions_BT, c.head_width, c.rope_base, c.rope_scaling)
-        x_BTD = embed(self.embed_VD, tokens_BT)
+        x_BTD = embed(self.embed_VD, tokens_BT, c.dtype)
         keys = None if key is None else jax.random.split(key, c.layers)
 
         def step(block, carry, extra, window):

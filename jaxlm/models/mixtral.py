@@ -125,7 +125,7 @@ class Model(nnx.Module):
             x_BTD, cache, routing = block(x_BTD, mask, angles, cache, *extra)
             return x_BTD, cache, jax.tree.map(jnp.add, sums, routing)
 
-        start = (embed(self.embed_VD, tokens_BT), cache, Routing(jnp.zeros(()), jnp.zeros(())))
+        start = (embed(self.embed_VD, tokens_BT, c.dtype), cache, Routing(jnp.zeros(()), jnp.zeros(())))
         x_BTD, cache, sums = scan(self.blocks, start, step, (np.arange(c.layers), keys), remat=c.remat)
         added = (c.balance * sums.balance + c.router_z * sums.z) / c.layers
         return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1]), added

@@ -18,7 +18,7 @@ from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
 from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
-from jaxlm.nn.linear import Head, dropout, embed, normal, zeros
+from jaxlm.nn.linear import Head, dropout, embed, normal, stream, zeros
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.masked import transformed
 from jaxlm.nn.mlp import GELU, Dense, GatedMLP
@@ -51,7 +51,7 @@ class Config:
     norm_eps: float = 1e-5
     attention: str = "auto"
     remat: str = "none"
-    dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+    dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -119,7 +119,7 @@ class Model(nnx.Module):
             positions_BT = positions.of(tokens_BT, segments_BT)
         wide, near = (positions.angles(positions_BT, c.head_width, x) for x in (c.rope_base, c.rope_base_local))
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
-        x_BTD = self.norm(embed(self.embed_VD, tokens_BT), jnp.float32)
+        x_BTD = self.norm(embed(self.embed_VD, tokens_BT, c.dtype), stream(c.dtype))
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
 
         def step(block, x_BTD, key, kind):

@@ -81,7 +81,7 @@ class Model(nnx.Module):
         def step(block, carry, extra):
             return block(carry[0], segments_BT, carry[1], *extra)
 
-        x_BTD = embed(self.embed_VD, tokens_BT).astype(jnp.dtype(c.dtype))
+        x_BTD = embed(self.embed_VD, tokens_BT, c.dtype).astype(jnp.dtype(c.dtype))
         x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (np.arange(c.layers), keys[1]), remat=c.remat)
         return dropout(x_BTD, c.dropout, keys[0]), cache and cache.grow(tokens_BT.shape[1])
 

@@ -50,7 +50,7 @@ class Config:
     dropout: float = 0.0
     attention: str = "auto"
     remat: str = "none"
-    dtype: str = "float32"  # what products are computed in; parameters and the residual stream are float32
+    dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):
         lookup.key("config.model.mlp", self.mlp, dict.fromkeys(("relu", "gelu")))

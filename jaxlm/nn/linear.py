@@ -154,11 +154,18 @@ def _against_pairs(x: jax.Array, pairs: jax.Array) -> jax.Array:
     return jnp.ones((1, G)) @ sums  # a product, since XLA would fuse a sum with the above into a slow loop
 
 
-def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array) -> jax.Array:
-    """Rows of a table: [B, T, D]. The table is gathered along D first, where it is split, since B takes those mesh
-    axes.
+def stream(dtype: Any) -> jnp.dtype:
+    """What the residual stream is kept in by a model that computes in `dtype`: float32 on a CPU, which is faster at it;
+    `dtype` elsewhere, where that halves what a layer reads, writes and keeps for the backward pass.
     """
-    return axes.constrain(axes.constrain(table_VD[...], "V_")[tokens_BT], "BTD")
+    return jnp.dtype("float32" if axes.platform() == "cpu" else dtype)
+
+
+def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a table: [B, T, D], the residual stream of a model that computes in `dtype`. The table is gathered along
+    D first, where it is split, since B takes those mesh axes.
+    """
+    return axes.constrain(axes.constrain(table_VD[...].astype(stream(dtype)), "V_")[tokens_BT], "BTD")
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -1,20 +1,23 @@
 """Cross-entropy and the output head as one step: the B x T x V logits never exist in full, forward or backward.
 
 The gradient is computed along with the loss, chunk by chunk, while a chunk's logits are at hand; kept are only the
-gradients of x [B, T, D] and of the head [V, D].
+gradients of x [B, T, D] and of the head [V, D]. On a mesh each device goes through its own tokens, with the head
+gathered once before them and its gradient summed over the devices once behind them.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxlm import axes
 from jaxlm.axes import shaped
 from jaxlm.nn.linear import Head
 
-LOGITS_AT_ONCE = 2**24  # elements of one chunk's logits, unless told otherwise: 64 MiB in float32
+LOGITS_AT_ONCE = 2**24  # elements of one chunk's logits on a device, unless told otherwise: 64 MiB in float32
+ACCELERATED = 2**28  # the same on a TPU or GPU, where each chunk also reads and writes the head's gradient
 
 
 class Sums(NamedTuple):
@@ -37,11 +40,8 @@ def cross_entropy(
     Label smoothing spreads its share evenly over the vocabulary (arXiv:1512.00567, section 7); `z_loss` times the
     squared log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5).
     """
-    B, T, _ = x_BTD.shape
-    V = head.table_VD.shape[0]
     if chunk is None:
-        chunk = max(1, LOGITS_AT_ONCE // (B * V))
-    chunk = -(-T // -(-T // min(chunk, T)))  # as few chunks, as even as possible
+        chunk = tokens_at_once(len(x_BTD), len(head.table_VD))
     weights = weights_BT.astype(jnp.float32)
     loss, nll, correct = _summed(
         x_BTD, head.table_VD, head.bias_V, labels_BT, weights, head.cap, label_smoothing, z_loss, chunk
@@ -49,10 +49,21 @@ def cross_entropy(
     return Sums(loss, nll, correct, weights.sum())
 
 
+def tokens_at_once(rows: int, vocab: int) -> int:
+    """How many tokens of each of so many rows have their logits in memory together, by what a device has of both."""
+    place = axes.here()
+    if place is not None:
+        rows, vocab = (-(-n // axes.ways(axes.spec(letter, (n,), *place))) for letter, n in (("B", rows), ("V", vocab)))
+    if axes.platform() == "cpu":
+        return max(1, LOGITS_AT_ONCE // (rows * vocab))
+    return 1 << max(7, (ACCELERATED // (rows * vocab)).bit_length() - 1)  # what is no power takes minutes to compile
+
+
 def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...], padded with zeros (weight 0)."""
-    pad = -x.shape[1] % chunk
-    x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+    """[B, T, ...] -> [chunks, B, tokens, ...], padded with zeros (weight 0): as few chunks as can be, and even."""
+    T = x.shape[1]
+    chunk = -(-T // -(-T // min(chunk, T)))
+    x = jnp.pad(x, ((0, 0), (0, -T % chunk), *((0, 0),) * (x.ndim - 2)))
     return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
@@ -70,39 +81,82 @@ def _chunk_sums(x, head, labels, weights, smoothing, z_loss):
 
 
 def _plain(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
-    head = Head(table.astype(x.dtype), bias, cap)
+    def local(x, table, bias, labels, weights):
+        head = Head(table, bias, cap)
 
-    def add(sums, xs):
-        return jax.tree.map(jnp.add, sums, _chunk_sums(xs[0], head, xs[1], xs[2], smoothing, z_loss)[0]), None
+        def add(sums, xs):
+            return jax.tree.map(jnp.add, sums, _chunk_sums(xs[0], head, xs[1], xs[2], smoothing, z_loss)[0]), None
 
-    xs = tuple(_split(a, chunk) for a in (x, labels, weights))
-    return jax.lax.scan(add, (jnp.zeros(()),) * 3, xs)[0]
+        xs = tuple(_split(a, chunk) for a in (x, labels, weights))
+        return jax.lax.scan(add, (jnp.zeros(()),) * 3, xs)[0], None, None
+
+    return _each_its_own(local, x, table, bias, labels, weights)[0]
 
 
 def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
-    cast, V = table.astype(x.dtype), table.shape[0]
-    head = Head(cast, bias, cap)
+    V = table.shape[0]
 
-    def add(carry, xs):
-        sums, d_table, d_bias = carry
-        x, labels, weights = xs
-        new, (logits, norm) = _chunk_sums(x, head, labels, weights, smoothing, z_loss)
-        d = jnp.exp(logits - norm[..., None]) * (1.0 + 2.0 * z_loss * norm)[..., None] - smoothing / V
-        d = d - (1.0 - smoothing) * jax.nn.one_hot(labels, V, dtype=d.dtype)
-        d = d * weights[..., None]
-        if cap is not None:
-            d = d * (1.0 - jnp.square(logits / cap))
-        d_bias = None if bias is None else d_bias + d.sum(axis=(0, 1))
-        d = d.astype(x.dtype).reshape(-1, V)
-        d_table = d_table + (d.T @ x.reshape(-1, x.shape[-1])).astype(jnp.float32)
-        return (jax.tree.map(jnp.add, sums, new), d_table, d_bias), (d @ cast).reshape(x.shape)
+    def local(x, table, bias, labels, weights):
+        head = Head(table, bias, cap)
 
-    xs = tuple(_split(a, chunk) for a in (x, labels, weights))
-    none = None if bias is None else jnp.zeros(V)
-    start = ((jnp.zeros(()),) * 3, jnp.zeros(table.shape, jnp.float32), none)
-    (sums, d_table, d_bias), d_x = jax.lax.scan(add, start, xs)
-    d_x = d_x.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
+        def add(carry, xs):
+            sums, d_table, d_bias = carry
+            x, labels, weights = xs
+            new, (logits, norm) = _chunk_sums(x, head, labels, weights, smoothing, z_loss)
+            d = jnp.exp(logits - norm[..., None]) * (1.0 + 2.0 * z_loss * norm)[..., None] - smoothing / V
+            d = d - (1.0 - smoothing) * jax.nn.one_hot(labels, V, dtype=d.dtype)
+            d = d * weights[..., None]
+            if cap is not None:
+                d = d * (1.0 - jnp.square(logits / cap))
+            d_bias = None if bias is None else d_bias + d.sum(axis=(0, 1))
+            d = d.astype(x.dtype).reshape(-1, V)
+            d_table = d_table + (d.T @ x.reshape(-1, x.shape[-1])).astype(jnp.float32)
+            return (jax.tree.map(jnp.add, sums, new), d_table, d_bias), (d @ table).reshape(x.shape)
+
+        xs = tuple(_split(a, chunk) for a in (x, labels, weights))
+        start = ((jnp.zeros(()),) * 3, jnp.zeros(table.shape, jnp.float32), None if bias is None else jnp.zeros(V))
+        (sums, d_table, d_bias), d_x = jax.lax.scan(add, start, xs)
+        d_x = d_x.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
+        return sums, d_x, (d_table, d_bias)
+
+    sums, d_x, (d_table, d_bias) = _each_its_own(local, x, table, bias, labels, weights)
     return sums, (d_x, d_table.astype(table.dtype), d_bias)
+
+
+def _each_its_own(local: Callable, x, table, bias, labels, weights) -> Any:
+    """`local` of each device's tokens and the whole head, cast to x's dtype: its first and third results summed over
+    the devices that have other tokens, the head's gradient placed as the head is.
+
+    Left to itself the compiler would sum that gradient over the devices once a chunk.
+    """
+    cast, place = table.astype(x.dtype), axes.here()
+    if place is None:
+        return local(x, cast, bias, labels, weights)
+    b, t, _ = axes.spec("BTV", (*x.shape[:2], len(table)), *place)
+    others = (*axes.names(b), *axes.names(t))
+    if not others:
+        return local(x, cast, bias, labels, weights)
+    home = axes.names(axes.spec("VD", table.shape, *place)[1])
+    along = tuple(name for name in home if name in others)  # what splits D of the table, and tokens here
+    tokens, whole = PartitionSpec(b, t), PartitionSpec()
+
+    def summed(*args):
+        sums, d_x, heads = local(*args)
+        sums = jax.lax.psum(sums, others)
+        if heads is None:
+            return sums, None, None
+        d_table, d_bias = heads
+        if along:
+            d_table = jax.lax.psum_scatter(d_table, along, scatter_dimension=1, tiled=True)
+        rest = tuple(name for name in others if name not in along)
+        d_table = jax.lax.psum(d_table, rest) if rest else d_table
+        return sums, d_x, (d_table, None if d_bias is None else jax.lax.psum(d_bias, others))
+
+    outs = (whole, tokens, (PartitionSpec(None, along or None), whole))
+    return jax.shard_map(
+        summed, mesh=place[0], in_specs=(tokens, whole, whole, tokens, tokens), out_specs=outs,
+        axis_names=set(others), check_vma=False,
+    )(x, cast, bias, labels, weights)  # fmt: skip
 
 
 def _backward(cap, smoothing, z_loss, chunk, kept, g):

@@ -59,7 +59,7 @@ class Pair(nnx.Module):
     def encode(self, tokens_BS, *, segments_BS=None, key=None):
         """The encoder's states [B, S, D]; padding has segment 0. A `key` means dropout."""
         where_BS, mask = positions.of(tokens_BS, segments_BS), Mask(causal=False, segments_BT=segments_BS)
-        return self.encoder(embed(self.embed_VD, tokens_BS), where_BS, mask, key=key)[0]
+        return self.encoder(embed(self.embed_VD, tokens_BS, self.config.dtype), where_BS, mask, key=key)[0]
 
     @shaped
     def hidden(
@@ -72,7 +72,7 @@ class Pair(nnx.Module):
         """
         seen = across(segments_BT, memory_segments_BS if cache is None else cache.real)
         where_BT, mask = positions.of(tokens_BT, segments_BT, cache), Mask(segments_BT=segments_BT)
-        x_BTD = embed(self.embed_VD, tokens_BT)
+        x_BTD = embed(self.embed_VD, tokens_BT, self.config.dtype)
         x_BTD, cache = self.decoder(x_BTD, where_BT, mask, Memory(memory_BSD, seen), cache, key)
         return x_BTD * self.scale, cache and cache.grow(tokens_BT.shape[1])
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxlm.data.words import Words
 from jaxlm.lookup import Mistake
 from jaxlm.nn.linear import Head
-from jaxlm.nn.loss import LOGITS_AT_ONCE, Sums, cross_entropy
+from jaxlm.nn.loss import Sums, cross_entropy, tokens_at_once
 from jaxlm.objectives import mlm
 
 KINDS = ("encoder",)
@@ -98,5 +98,5 @@ def _draw(head: Head, x_BTD: jax.Array, noise_B: jax.Array) -> jax.Array:
         return jax.vmap(jax.random.categorical)(keys, head(x_BD[:, None])[:, 0])
 
     B, T, _ = x_BTD.shape
-    at_once = max(1, LOGITS_AT_ONCE // (B * head.table_VD.shape[0]))
+    at_once = tokens_at_once(B, head.table_VD.shape[0])
     return jax.lax.map(draw, (x_BTD.swapaxes(0, 1), jnp.arange(T)), batch_size=min(at_once, T)).T.astype(jnp.int32)

@@ -1,0 +1,217 @@
+"""Read a compiled program: which operations it runs, how often, at what cost, and what it sends between devices.
+
+    operations = hlo.read(compiled.as_text())
+    sum(op.times * op.cycles for op in operations)          a TPU's compiler writes down what it expects of each
+
+A loop's body is counted as often as the loop runs. Of a choice the dearest branch counts. What is fused into one
+operation is one, but for collectives, which are listed wherever they are.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import math
+import re
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "token": 0, "bf16": 2, "c64": 8, "c128": 16}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)", re.DOTALL)
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One line of the program."""
+
+    name: str
+    kind: str  # fusion, all-gather, custom-call, ...
+    times: int  # how often a step runs it
+    cycles: int  # what one run costs, where the compiler says so
+    sizes: tuple[tuple[str, tuple[int, ...]], ...]  # dtype and shape of each result
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]  # the same of a kernel's operands, where they are written down
+    scope: str  # the path of named scopes that it was traced in
+    source: str  # file:line of jaxlm's own code that asked for it
+    group: int = 1  # of a collective: how many devices take part
+    stride: int = 1  # and how far they are apart in the mesh
+    begun: bool = False  # whether it runs beside others until it is waited for
+
+    @property
+    def bytes(self) -> int:
+        """Of the results."""
+        return sum(map(_bytes, self.sizes))
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device of a collective's group sends in one run, by the ring algorithm."""
+        whole, share = self.bytes, (self.group - 1) / self.group
+        return {
+            "all-gather": share * whole, "all-reduce": 2 * share * whole, "reduce-scatter": share * whole * self.group,
+            "all-to-all": share * whole, "ragged-all-to-all": share * whole, "collective-permute": whole,
+        }.get(self.kind, 0.0)  # fmt: skip
+
+
+def _bytes(size: tuple[str, tuple[int, ...]]) -> int:
+    dtype, shape = size
+    width = BYTES.get(dtype) or int((re.search(r"\d+", dtype) or ["32"])[0]) / 8
+    return int(math.prod(shape) * width)
+
+
+def read(text: str) -> list[Operation]:
+    """The operations that a step runs. Those without a cost (parameters, tuples, bitcasts) are left out."""
+    computations, entry = _computations(text)
+    places = _Places(text)
+
+    @functools.cache
+    def weight(name: str) -> int:
+        return sum(op.times * op.cycles for op in walk(name, 1))
+
+    def walk(name: str, times: int) -> Iterator[Operation]:
+        for line in computations.get(name, ()):
+            match = _INSTRUCTION.match(line)
+            if match is None:
+                continue
+            kind, rest = match[3], match[4]
+            called = lambda key, rest=rest: re.findall(rf"\b{key}=%?([\w.-]+)", rest)  # noqa: E731
+            if kind == "while":
+                yield from walk(called("body")[0], times * _trips(computations, called("condition")[0], line))
+                continue
+            if kind == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
+                names = re.findall(r"[\w.-]+", branches[1]) if branches else called(r"(?:true|false)_computation")
+                yield from walk(max(names, key=weight), times)
+                continue
+            if kind in ("call", "async-start"):
+                yield from walk((called("to_apply") or called("calls"))[0], times)
+                continue
+            if kind == "fusion":
+                yield from (op for op in walk(called("calls")[0], times) if op.kind in COLLECTIVES)
+            operation = _operation(match, times, places)
+            if operation is not None:
+                yield operation
+
+    return list(walk(entry, 1))
+
+
+def _operation(match: re.Match, times: int, places: "_Places") -> Operation | None:
+    name, result, kind, rest = match.groups()
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
+    base, begun = kind.removesuffix("-start"), kind.endswith("-start")
+    kernel = 'custom_call_target="tpu_custom_call"' in rest
+    if base not in COLLECTIVES and not cycles and not kernel:
+        return None
+    operands = re.search(r"operand_layout_constraints=\{(.*?)\}\}", rest, re.DOTALL)
+    sizes = _sizes(result)
+    if begun and base in COLLECTIVES and base != "all-reduce" and len(sizes) > 1:
+        sizes = sizes[1:2]  # what is begun holds its operand, too
+    scope = re.search(r'op_name="([^"]*)"', rest)
+    frame = re.search(r"stack_frame_id=(\d+)", rest)
+    group, stride = _group(rest) if base in COLLECTIVES else (1, 1)
+    return Operation(
+        name, base if base in COLLECTIVES else kind, times, int(cycles[1]) if cycles else 0, sizes,
+        _sizes(operands[1]) if kernel and operands else (), scope[1] if scope else "",
+        places.of(int(frame[1])) if frame else places.written(rest), group, stride, begun,
+    )  # fmt: skip
+
+
+def _sizes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    found = _SHAPE.findall(text)
+    return tuple((dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in found)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The instructions of each computation, an attribute with line breaks in it made one line, and the entry's name."""
+    found: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        begins = _COMPUTATION.match(line)
+        if begins:
+            lines = found.setdefault(begins[2], [])
+            entry = begins[2] if begins[1] else entry
+        elif re.match(r"\s+(ROOT )?%?[\w.-]+ = ", line):
+            lines.append(line)
+        elif lines and line.strip() != "}":
+            lines[-1] += " " + line
+    return found, entry
+
+
+def _trips(computations: dict[str, list[str]], condition: str, loop: str) -> int:
+    """How often a counted loop runs: the bound that its condition compares with. 1 where the condition tells none."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
+    if known:
+        return int(known[1])
+    bounds = [re.search(r" s32\[\]\S* constant\((\d+)\)", line) for line in computations.get(condition, ())]
+    return next((int(bound[1]) for bound in bounds if bound), 1)
+
+
+def _group(rest: str) -> tuple[int, int]:
+    """How many devices a collective joins, and how far neighbours are apart in the mesh.
+
+    replica_groups={{0,4},{1,5},...}                          2, 4
+    replica_groups=[4,2]<=[2,4]T(1,0)                         2, 4
+    replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}     2, 4
+    """
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        used = re.findall(r"'(\w+)'", named[2])
+        names = list(sizes)
+        last = max((names.index(name) for name in used if sizes[name] > 1), default=len(names) - 1)
+        return math.prod(sizes[name] for name in used), math.prod(sizes[name] for name in names[last + 1 :])
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", rest)
+    if listed:
+        ids = [int(n) for n in listed[1].split(",")]
+        return len(ids), abs(ids[1] - ids[0]) if len(ids) > 1 else 1
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if not iota:
+        return 1, 1
+    sizes_, order = ([int(n) for n in part.split(",")] for part in (iota[3], iota[4] or "0"))
+    last = order[-1] if iota[4] else len(sizes_) - 1
+    return int(iota[2]), math.prod(sizes_[last + 1 :])
+
+
+class _Places:
+    """Where in the source an operation comes from, by the tables in front of the program."""
+
+    def __init__(self, text: str):
+        table = lambda name, row: dict(re.findall(row, _section(text, name), re.MULTILINE))  # noqa: E731
+        self.files = table("FileNames", r'^(\d+) "(.*)"$')
+        self.locations = {
+            number: (file, line)
+            for number, file, line in re.findall(
+                r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)", _section(text, "FileLocations"), re.MULTILINE
+            )
+        }
+        frames = re.findall(
+            r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", _section(text, "StackFrames"), re.MULTILINE
+        )
+        self.frames = {number: (location, parent) for number, location, parent in frames}
+
+    def of(self, frame: int) -> str:
+        """The innermost line of jaxlm's own on the stack that is no `dense` of all, else the innermost one."""
+        number, seen, first = str(frame), set(), ""
+        while number in self.frames and number not in seen:
+            seen.add(number)
+            location, number = self.frames[number]
+            file, line = self.locations.get(location, ("", "0"))
+            place = _short(self.files.get(file, "?"), line)
+            first = first or place
+            if place.startswith("jaxlm/") and not place.startswith("jaxlm/nn/linear.py"):
+                return place
+        return first
+
+    def written(self, rest: str) -> str:
+        """The same of a program that writes places into each line."""
+        found = re.search(r'source_file="([^"]*)" source_line=(\d+)', rest)
+        return _short(found[1], found[2]) if found else ""
+
+
+def _short(file: str, line: str) -> str:
+    _, mark, tail = file.rpartition("/jaxlm/")
+    return f"jaxlm/{tail}:{line}" if mark else f"{file.rpartition('/')[2]}:{line}"
+
+
+def _section(text: str, name: str) -> str:
+    found = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
+    return found[1] if found else ""

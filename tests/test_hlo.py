@@ -1,0 +1,98 @@
+"""What a compiled program is read to hold."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm import hlo
+
+# As the TPU's compiler writes it, shortened.
+TEXT = """HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/home/me/jaxlm/models/llama.py"
+2 "/home/me/site-packages/optax/adam.py"
+
+FunctionNames
+1 "step"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=95 end_line=95 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=1 line=7 end_line=7 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=1}
+
+%fused (a: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  ROOT %inner = bf16[8,4]{1,0} reduce-scatter(%a), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+}
+
+%cond (t: (s32[], bf16[8,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(32)
+  %t = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (t: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %t = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[8,4]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
+  %product = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/jvp()/while/body/dot_general" stack_frame_id=2}, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %gather = bf16[32,4]{1,0} all-gather(%product), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
+  %kernel = (f32[1,2,8,128]{3,2,1,0}, bf16[1,2,8,128]{3,2,1,0}) custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1]{1,0}, bf16[1,2,8,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/splash_fwd" stack_frame_id=1}
+  ROOT %out = (s32[]{:T(128)}, bf16[8,4]{1,0}) tuple(%i, %product)
+}
+
+%cheap (x: f32[8]) -> f32[8] {
+  ROOT %c = f32[8]{0} fusion(%x), kind=kLoop, calls=%nothing, backend_config={"estimated_cycles":"10"}
+}
+
+%dear (x: f32[8]) -> f32[8] {
+  ROOT %d = f32[8]{0} fusion(%x), kind=kLoop, calls=%nothing, backend_config={"estimated_cycles":"70"}
+}
+
+ENTRY %main.1_spmd (p: bf16[8,4]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %loop = (s32[]{:T(128)}, bf16[8,4]{1,0}) while(%start), condition=%cond, body=%body
+  %either = f32[8]{0} conditional(%which, %a, %b), branch_computations={%cheap, %dear}
+  ROOT %sum = (f32[6]{0}, f32[6]{0}) all-reduce-start(%either, %either), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def operations():
+    return {op.name: op for op in hlo.read(TEXT)}
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_of_a_choice_the_dearest(operations):
+    costs = {name: op.times * op.cycles for name, op in operations.items() if op.cycles}
+    assert costs == {"product": 32_000, "d": 70}
+
+
+def test_collectives_are_found_within_fusions_with_their_group_and_what_they_send(operations):
+    inner, gather, total = (operations[name] for name in ("inner", "gather", "sum"))
+    assert (inner.kind, inner.times, inner.group, inner.stride) == ("reduce-scatter", 32, 2, 4)
+    assert (gather.group, gather.stride, gather.begun) == (4, 1, False)
+    assert gather.sent == 3 / 4 * 32 * 4 * 2 and inner.sent == 1 / 2 * 8 * 4 * 2 * 2
+    assert (total.kind, total.group, total.stride, total.begun) == ("all-reduce", 2, 4, True)
+    assert total.sent == 2 * 1 / 2 * 2 * 6 * 4
+
+
+def test_an_operation_is_known_by_the_line_of_ours_that_asked_for_it(operations):
+    assert operations["product"].source == "jaxlm/models/llama.py:95", "not by the library's below it"
+    assert operations["kernel"].inputs == (("s8", (1, 1)), ("bf16", (1, 2, 8, 128)))
+
+
+def test_a_loop_of_this_machines_compiler_tells_how_often_it_runs():
+    def five_times(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, None, length=5)[0]
+
+    text = jax.jit(five_times).lower(jnp.ones((8, 8))).compile().as_text() or ""
+    computations, entry = hlo._computations(text)
+    loop = next(line for line in computations[entry] if " while(" in line)
+    assert hlo._trips(computations, "", loop) == 5

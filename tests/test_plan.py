@@ -1,0 +1,58 @@
+"""`jaxlm plan`: what a run will need and take on devices that are not here."""
+
+import json
+
+import pytest
+
+from jaxlm import plan
+from jaxlm.data.words import Words
+from jaxlm.lookup import Mistake
+from jaxlm.nn import splash
+
+pytest.importorskip("libtpu", reason="the extra `tpu` brings the compiler")
+
+CONFIG = """
+from ml_collections import ConfigDict
+def get_config(size="full"):
+    c = ConfigDict()
+    c.steps, c.length, c.batch, c.store = 1_000, 256, 16, "nowhere"
+    c.model = dict(name="llama", layers=2, width=256, heads=2, kv_heads=2, mlp_width=512, remat="full", vocab=512)
+    c.optimizer = dict(name="adamw", lr=1e-3)
+    c.mesh = dict(data=1, fsdp=4)
+    return c
+"""
+
+
+def test_a_plan_tells_memory_time_operations_and_what_is_sent(tmp_path, capsys):
+    (tmp_path / "config.py").write_text(CONFIG)
+    plan.main([f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["devices"] == 4 and told["mesh"]["fsdp"] == 4
+    assert (
+        told["optimizer_bytes"] >= 2 * told["parameter_bytes"] >= 2 * told["parameters"]
+    )  # 4 bytes each, on 4 devices
+    assert told["parameter_bytes"] + told["temporary_bytes"] < told["peak_bytes"] < told["hbm_bytes"] == 16e9
+    parts = told["compute_seconds"] + told["attention_seconds"] + told["exposed_seconds"]
+    assert told["step_seconds"] == pytest.approx(parts) and min(told["compute_seconds"], told["attention_seconds"]) > 0
+    assert told["roofline_seconds"] < told["step_seconds"] and 0 < told["mfu"] < 1
+    assert told["tokens_per_second_per_device"] == pytest.approx(16 * 256 / 4 / told["step_seconds"])
+    assert told["days"] == pytest.approx(1_000 * told["step_seconds"] / 86_400)
+    assert len(told["operations"]) == 10 and any(op["source"].startswith("jaxlm/") for op in told["operations"])
+    assert all(sent["axes"] == "fsdp" for sent in told["collectives"] if sent["kind"] != "collective-permute")
+
+
+@pytest.mark.endurance  # large products take the compiler long
+def test_what_does_not_fit_is_told_with_the_figures_and_what_to_do():
+    model = dict(name="llama", size="llama2-7b", layers=2, remat="none")
+    config = dict(model=model, optimizer=dict(name="adamw"), steps=1, batch=32, length=4096, mesh=dict(data=1, fsdp=4))
+    with pytest.raises(Mistake, match=r"does not fit: the step needs [\d.]+G of the 15\.\d+G .* config\.batch"):
+        plan.make(config, plan.devices("v5e:2x2"), words=Words.of_size(32_000))
+
+
+@pytest.mark.parametrize(
+    ("shape", "causal", "window", "share"),
+    [((4096, 4096), True, None, 10 / 16), ((4096, 4096), False, None, 1.0), ((4096, 4096), True, 1024, 7 / 16),
+     ((512, 512), True, None, 1.0)],
+)  # fmt: skip
+def test_attention_counts_the_blocks_that_the_kernel_computes(shape, causal, window, share):
+    assert splash.seen(*shape, causal, window) == share
