@@ -262,3 +262,13 @@ def test_the_rows_of_a_config_are_shown_as_its_model_gets_them(corpus, tmp_path,
         show("--config.data.packing=bestfit")
     with pytest.raises(Mistake, match="no token store at"):
         show(made="nowhere")
+
+
+def test_without_a_bos_the_first_token_is_given_and_its_bytes_are_no_part_of_what_is_predicted(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("éa", "bcd", "d")))
+    made = prepare(f"{tmp_path}/store", dict(a=f"jsonl:{tmp_path}/a.jsonl"), dict(kind="characters"), validation=0)
+    assert made.split("a", "train").bytes.tolist() == [3, 3, 1]
+    assert made.predicted_bytes("a", "train") == 1 + 2 + 0
+    assert made.predicted_bytes("a", "train", [0, 2]) == 1
+    began = prepare(f"{tmp_path}/bos", dict(a=f"jsonl:{tmp_path}/a.jsonl"), dict(kind="bytes"), validation=0)
+    assert began.predicted_bytes("a", "train") == 3 + 3 + 1

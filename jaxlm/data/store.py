@@ -12,7 +12,7 @@
 Read `open` and `Split` to use a store, `Writer` to see how one is made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 import json
 from typing import Any
@@ -100,6 +100,18 @@ class Store:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer that all sources were encoded with."""
         return tokenizers.load(f"{self.path}/tokenizer")
+
+    def predicted_bytes(self, source: str, split: str, documents: Iterable[int] | None = None) -> int:
+        """UTF-8 bytes of text that a model is asked for in some `documents` of a split (all): what nats are divided by.
+
+        Where the tokenizer adds no bos, a document's first token is given, and its bytes do not count.
+        """
+        found, tokenizer = self.split(source, split), self.tokenizer()
+        chosen = np.arange(len(found)) if documents is None else np.asarray(documents, np.int64)
+        if tokenizer.add_bos:
+            return int(found.bytes[chosen].sum())
+        firsts = ((i, found.read(at := int(found.offsets[i]), min(at + 1, int(found.offsets[i + 1])))) for i in chosen)
+        return sum(tokenizers.predicted_bytes(tokenizer, first, int(found.bytes[i])) for i, first in firsts)
 
     @property
     def vocab(self) -> int:
