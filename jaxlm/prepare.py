@@ -11,6 +11,7 @@ Read `prepare` first.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import functools
 import inspect
 import itertools
@@ -55,7 +56,7 @@ def prepare(
     clean: Sequence[str | Mapping[str, Any]] = (),
     dedup: Mapping[str, Any] | None = None,
     decontaminate: Mapping[str, Any] | None = None,
-    augment: Sequence[Mapping[str, Any]] = (),
+    augment: Sequence[str | Mapping[str, Any]] = (),
     workers: int | None = None,
     beam: str = "",
     overwrite: bool = False,
@@ -71,6 +72,8 @@ def prepare(
     `workers` (processes; one for each core), and made on the machines of Apache Beam, whose options `beam` is
     (`jaxlm.data.beam`). Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
     """
+    if not sources:
+        raise Mistake('config.prepare.sources is empty; name texts, for example sources=dict(docs="text:data/*.txt")')
     if not store:
         raise Mistake("config.store is missing: the folder that will hold the tokens, for example data/python_docs")
     pipeline = Pipeline.of(Splitter(split, validation, split_seed), clean, dedup, decontaminate)
@@ -79,6 +82,8 @@ def prepare(
     run = Beam(beam) if beam else local
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
     root = epath.Path(store)
+    if "://" not in store and (file := next((p for p in (root, *root.parents) if p.is_file()), None)):
+        raise Mistake(f"config.store={store}: {file} is a file; a store is a folder")
     if (root / "config.json").is_file():
         raise Mistake(f"{store} is the workdir of a run: it has config.json; choose another folder for config.store")
     if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
@@ -86,6 +91,13 @@ def prepare(
     if overwrite and root.exists():
         print(f"{store}: removed, to be made anew")
         root.rmtree()
+
+    left = [p for p in root.iterdir() if p.is_dir() and not (p / "manifest.json").exists()] if root.exists() else []
+    if left := [p for p in left if p.name not in (*found, "tokenizer")]:
+        raise Mistake(
+            f"{store} holds the unfinished source {left[0].name}, which config.prepare.sources does not name: "
+            f"name it to finish it, or remove {left[0]}"
+        )
 
     made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed, **pipeline.recipe)
     recipes: dict[str, dict[str, Any]] = {
@@ -126,7 +138,7 @@ def _select(
             folders[name].mkdir(parents=True, exist_ok=True)
             if not (folders[name] / "recipe.json").exists():
                 write_json(folders[name] / "recipe.json", recipes[name])
-            with _Meter(f"{name}, duplicates", reading.source.size, 0, unit="documents") as meter:
+            with _named(name), _Meter(f"{name}, duplicates", reading.source.size, 0, unit="documents") as meter:
                 for documents, characters in pipelines.look(folders[name], reading, pipeline, run):
                     meter.advance(documents, characters)
         pipelines.decide(list(folders.values()), pipeline)
@@ -138,8 +150,19 @@ def _training_texts(
 ) -> Iterator[str]:
     """The training split of all sources, cleaned."""
     for name, reading in sources.items():  # without rules there is nothing to share out
-        for _, (pairs, _) in local(pipeline.parts, reading, root / name / SELECTION, alone=not pipeline.cleaner.rules):
-            yield from (train for train, _ in pairs if train)
+        results = local(pipeline.parts, reading, root / name / SELECTION, alone=not pipeline.cleaner.rules)
+        with _named(name):
+            for _, (pairs, _) in results:
+                yield from (train for train, _ in pairs if train)
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Say of which source a mistake is that was found in its text."""
+    try:
+        yield
+    except Mistake as mistake:
+        raise Mistake(f"{source}: {mistake}") from mistake
 
 
 @functools.cache
@@ -168,7 +191,7 @@ def _cores() -> int:
 
 
 def _checked_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.-]*", name) or name == "tokenizer":
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in ("tokenizer", "card.html"):
         raise Mistake(
             f"config.prepare.sources: {name!r} cannot be a source's name: it names a folder beside tokenizer/"
         )
@@ -241,7 +264,8 @@ def _prepare_source(
         work, reading, folder / SELECTION, tally=tally, read=read,
         together=not augmentation.alone, alone=augmentation.by_model,
     )  # fmt: skip
-    with _Meter(folder.name, reading.source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
+    done = sum(size["bytes"] for size in writer.sizes.values())
+    with _named(folder.name), _Meter(folder.name, reading.source.size, done) as meter:
         for read, encoded in results:
             counts.update(encoded.counts)
             for part in encoded.parts:

@@ -210,6 +210,8 @@ def _check_pairs(rows: Rows, store: Store, source: str, split: str) -> None:
 
 def _fold(seed: int, name: str) -> int:
     """A seed of its own for each source, and for noise, which does not change when others come or go."""
+    if seed < 0:
+        raise Mistake(f"config.seed={seed} is a whole number from 0 up")
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 

@@ -133,13 +133,23 @@ def open(path: str) -> Store:
     unfinished = [p.name for p in folders if p.name not in manifests]
     if unfinished or not manifests:
         what = f"source {', '.join(unfinished)} is not finished" if unfinished else "it holds no source"
+        if unfinished:
+            remedy += (
+                f" that names {' and '.join(unfinished)}, or remove {', '.join(str(root / n) for n in unfinished)}"
+            )
         raise Mistake(f"token store {path}: {what} (finished: {', '.join(manifests) or 'none'}). {remedy}")
+    for name, manifest in manifests.items():
+        if not {"splits", "vocab"} <= manifest.keys():
+            raise _damaged(f"{path}/{name}/manifest.json", "it does not say what the splits hold")
     return Store(str(path), manifests)
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
     """Read a small JSON file, wherever it lies."""
-    return json.loads(epath.Path(path).read_text())
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except ValueError as e:
+        raise _damaged(str(path), e) from None
 
 
 def write_json(path: epath.PathLike, content: Mapping[str, Any]) -> None:

@@ -287,3 +287,8 @@ def test_a_source_with_nothing_to_predict_is_a_mistake():
 def test_rows_outside_the_batch_are_refused(store):
     with pytest.raises(ValueError, match=r"\(6, 9\).* not ranges within a batch of 8"):
         rows.batches(rows.train(store, length=LENGTH, seed=0), batch=8, rows=[(6, 9)])
+
+
+def test_a_seed_below_0_is_a_mistake(store):
+    with pytest.raises(Mistake, match=r"config.seed=-1 is a whole number from 0 up"):
+        rows.train(store, length=LENGTH, seed=-1)

@@ -126,7 +126,14 @@ class Cleaner:
 
 
 def _apply(label: str, rule: Rule, text: str) -> tuple[Step, str | None]:
-    answer = rule(text)
+    try:
+        answer = rule(text)
+    except Mistake:
+        raise
+    except Exception as e:
+        raise Mistake(
+            f"{WHERE}: {label} failed with {type(e).__name__} ({e}) at the document that begins {text[:80]!r}"
+        ) from e
     if isinstance(answer, bool):  # a filter of one's own
         answer = text if answer else Dropped("unwanted")
     why = {}
