@@ -12,6 +12,7 @@ from typing import Any
 from jaxlm.data.cleaning import Dropped, Rule
 from jaxlm.lookup import Mistake, key
 
+LIBRARY = "trafilatura"
 PAGE = re.compile(
     r"\ufeff?\s*<(?:!--|(?:!doctype|\?xml|html|head|body|title|meta|script|style|div|article|section|main|header|nav|table|"
     r"ul|ol|h[1-6]|p|span)\b).*</\w+\s*>|.*</(?:html|body)\s*>\s*\Z",
