@@ -70,7 +70,8 @@ def _parts(rest: str) -> tuple[str, str | None, str]:
 
 def _read(model: lm.LM, source: sources.Source) -> Iterator[tuple[np.ndarray, int]]:
     for document in source.read():
-        yield model.scored(document.text)
+        row = model.document(document.text)
+        yield row, predicted_bytes(model.tokenizer, row, len(document.text.encode()))
 
 
 def _stored(split: store.Split, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:

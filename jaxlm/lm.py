@@ -216,13 +216,6 @@ class LM:
         before, after = [tok.bos] if tok.add_bos else [], [tok.eos] if tok.add_eos else []
         return np.array([*before, *tok.encode(text), *after], np.int32)
 
-    def scored(self, text: str) -> tuple[np.ndarray, int]:
-        """The document of a text, and how many bytes of the text its score is of: without a bos, the first token is
-        given, and its bytes are not counted.
-        """
-        tokens = self.document(text)
-        return tokens, tokenizers.predicted_bytes(self.tokenizer, tokens, len(text.encode()))
-
     @spelled
     def score(
         self, texts: str | Sequence[str], *, context: int | None = None, stride: int | None = None, batch: int = 8
@@ -232,7 +225,8 @@ class LM:
         What is longer than the context is read in windows, `stride` tokens apart (half a context unless given).
         """
         texts = [texts] if isinstance(texts, str) else texts
-        documents = map(self.scored, texts)
+        sized = ((self.document(text), len(text.encode())) for text in texts)
+        documents = ((row, tokenizers.predicted_bytes(self.tokenizer, row, size)) for row, size in sized)
         return perplexity.evaluate(self.nll, documents, context=context or self.context, stride=stride, batch=batch)
 
     @spelled

@@ -10,7 +10,7 @@ Read `prepare` first.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import inspect
@@ -81,24 +81,7 @@ def prepare(
     local = Local(workers or _cores())
     run = Beam(beam) if beam else local
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
-    root = epath.Path(store)
-    if "://" not in store and (file := next((p for p in (root, *root.parents) if p.is_file()), None)):
-        raise Mistake(f"config.store={store}: {file} is a file; a store is a folder")
-    if (root / "config.json").is_file():
-        raise Mistake(f"{store} is the workdir of a run: it has config.json; choose another folder for config.store")
-    if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
-        raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
-    if overwrite and root.exists():
-        print(f"{store}: removed, to be made anew")
-        root.rmtree()
-
-    left = [p for p in root.iterdir() if p.is_dir() and not (p / "manifest.json").exists()] if root.exists() else []
-    if left := [p for p in left if p.name not in (*found, "tokenizer")]:
-        raise Mistake(
-            f"{store} holds the unfinished source {left[0].name}, which config.prepare.sources does not name: "
-            f"name it to finish it, or remove {left[0]}"
-        )
-
+    root = _folder(store, found, overwrite)
     made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed, **pipeline.recipe)
     recipes: dict[str, dict[str, Any]] = {
         name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found
@@ -119,6 +102,30 @@ def prepare(
     finished = token_store.open(store)
     card.write(finished)
     return finished
+
+
+def _folder(store: str, sources: Iterable[str], overwrite: bool) -> epath.Path:
+    """The folder of a store, empty where it may `overwrite` what is there; raises `Mistake` for what it cannot be."""
+    root = epath.Path(store)
+    if "://" not in store and (file := next((p for p in (root, *root.parents) if p.is_file()), None)):
+        raise Mistake(f"config.store={store}: {file} is a file; a store is a folder")
+    if (root / "config.json").is_file():
+        raise Mistake(f"{store} is the workdir of a run: it has config.json; choose another folder for config.store")
+    inside = list(root.iterdir()) if root.exists() else []
+    if inside and not (root / "tokenizer").is_dir():
+        raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
+    if overwrite and root.exists():
+        print(f"{store}: removed, to be made anew")
+        root.rmtree()
+        return root
+    for path in inside:
+        named = path.name in (*sources, "tokenizer") or not path.is_dir()
+        if not named and not (path / "manifest.json").exists():
+            raise Mistake(
+                f"{store} holds the unfinished source {path.name}, which config.prepare.sources does not name: "
+                f"name it to finish it, or remove {path}"
+            )
+    return root
 
 
 def _select(
