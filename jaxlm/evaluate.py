@@ -26,6 +26,7 @@ from rich.table import Column, Table
 
 from jaxlm import config, lm, objectives, program
 from jaxlm.data import rows, sources, store
+from jaxlm.data.tokenizers import Tokenizer, predicted_bytes
 from jaxlm.data.words import Words
 from jaxlm.evals import held_out, perplexity
 from jaxlm.evals.perplexity import Score
@@ -45,7 +46,7 @@ def documents(model: lm.LM, data: str) -> dict[str, Documents]:
     path, source, split = _parts(rest)
     opened = _opened(path, model)
     found = {name: opened.split(name, split) for name in ([source] if source else opened.sources)}
-    return {f"{name} {split}": _stored(documents) for name, documents in found.items()}
+    return {f"{name} {split}": _stored(documents, model.tokenizer) for name, documents in found.items()}
 
 
 def _opened(path: str, model: lm.LM) -> store.Store:
@@ -69,12 +70,14 @@ def _parts(rest: str) -> tuple[str, str | None, str]:
 
 def _read(model: lm.LM, source: sources.Source) -> Iterator[tuple[np.ndarray, int]]:
     for document in source.read():
-        yield model.document(document.text), len(document.text.encode())
+        row = model.document(document.text)
+        yield row, predicted_bytes(model.tokenizer, row, len(document.text.encode()))
 
 
-def _stored(split: store.Split) -> Iterator[tuple[np.ndarray, int]]:
+def _stored(split: store.Split, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
     for i in range(len(split)):
-        yield split.document(i), int(split.bytes[i])
+        document = split.document(i)
+        yield document, predicted_bytes(tokenizer, document, int(split.bytes[i]))
 
 
 def by_objective(model: lm.LM, data: str, *, batch: int, limit: int | None) -> dict[str, dict[str, float]]:
@@ -99,7 +102,7 @@ def by_objective(model: lm.LM, data: str, *, batch: int, limit: int | None) -> d
     loss = jax.jit(lambda params, batch: task.loss(model.blueprint.bind(params), batch))
     found = {}
     for name in [source] if source else [s for s in opened.sources if len(opened.split(s, "validation"))]:
-        held = rows.validation(opened, name, length=task.row, documents=limit, pairs=task.pairs)
+        held = rows.validation(opened, name, length=task.row, documents=limit, pairs=task.pairs, cost=task.cost)
         seed = None if task.exact else 0
         each = rows.batches(held, batch=batch, features=task.features, seed=seed)
         found[f"{name} validation"] = held_out.measure(functools.partial(loss, model.params), each)

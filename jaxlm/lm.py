@@ -225,7 +225,8 @@ class LM:
         What is longer than the context is read in windows, `stride` tokens apart (half a context unless given).
         """
         texts = [texts] if isinstance(texts, str) else texts
-        documents = ((self.document(text), len(text.encode())) for text in texts)
+        sized = ((self.document(text), len(text.encode())) for text in texts)
+        documents = ((row, tokenizers.predicted_bytes(self.tokenizer, row, size)) for row, size in sized)
         return perplexity.evaluate(self.nll, documents, context=context or self.context, stride=stride, batch=batch)
 
     @spelled

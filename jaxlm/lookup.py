@@ -4,13 +4,14 @@ spelling.
 module("jaxlm.models", "gtp2")   Mistake: jaxlm.models has no 'gtp2'; did you mean 'gpt2'? Choices: gpt2, llama
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import difflib
 import importlib
 import inspect
+from numbers import Integral, Real
 import pkgutil
-from types import ModuleType
-from typing import Any
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 
 class Mistake(ValueError):
@@ -50,8 +51,8 @@ def key(where: str, name: str, table: Mapping[str, Any]) -> Any:
 def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: Any, **more: Any) -> Any:
     """Call `fn(*given, **more, **section)`, where `section` is a part of the config named `where`.
 
-    Raises `Mistake` for a key that `fn` does not take (with the nearest spelling) and for a required one that is
-    missing, so that every key in a config is either used or refused.
+    Raises `Mistake` for a key that `fn` does not take (with the nearest spelling), for a required one that is missing,
+    and for a value of another type than `fn` says, so that every key in a config is either used or refused.
     """
     parameters = list(inspect.signature(fn).parameters.values())[len(given) :]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in more]
@@ -62,7 +63,37 @@ def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: A
     if missing:
         takes = ", ".join(p.name for p in named)
         raise Mistake(f"{where} needs {', '.join(map(repr, missing))}; it takes: {takes}")
+    for p in named:
+        if p.name in section and not _is(section[p.name], p.annotation):
+            raise Mistake(f"{where}.{p.name}={section[p.name]!r} should be {_words(p.annotation)}")
     return fn(*given, **more, **section)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of an annotation, as far as that is made of plain types; else it may be."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is(value, one) for one in inner)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind in (None, NoneType):
+        return value is None
+    if origin is Sequence:
+        return isinstance(value, list | tuple) and all(_is(one, inner[0]) for one in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_is(one, inner[1]) for one in value.values())
+    return isinstance(value, kind) if kind in (str, bool) else True
+
+
+def _words(kind: Any) -> str:
+    """The type of an annotation in words."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, inner))
+    if origin is Sequence:
+        return f"a list, each {_words(inner[0])}"
+    plain = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"}
+    return plain.get(kind, "a dict" if origin is Mapping else str(kind))
 
 
 def known(where: str, found: Iterable[str], takes: Iterable[str]) -> None:

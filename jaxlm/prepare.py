@@ -10,7 +10,8 @@ Read `prepare` first.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import inspect
 import itertools
@@ -55,7 +56,7 @@ def prepare(
     clean: Sequence[str | Mapping[str, Any]] = (),
     dedup: Mapping[str, Any] | None = None,
     decontaminate: Mapping[str, Any] | None = None,
-    augment: Sequence[Mapping[str, Any]] = (),
+    augment: Sequence[str | Mapping[str, Any]] = (),
     workers: int | None = None,
     beam: str = "",
     overwrite: bool = False,
@@ -71,6 +72,8 @@ def prepare(
     `workers` (processes; one for each core), and made on the machines of Apache Beam, whose options `beam` is
     (`jaxlm.data.beam`). Raises `Mistake` when the store was made from something else, unless it may `overwrite` it.
     """
+    if not sources:
+        raise Mistake('config.prepare.sources is empty; name texts, for example sources=dict(docs="text:data/*.txt")')
     if not store:
         raise Mistake("config.store is missing: the folder that will hold the tokens, for example data/python_docs")
     pipeline = Pipeline.of(Splitter(split, validation, split_seed), clean, dedup, decontaminate)
@@ -78,15 +81,7 @@ def prepare(
     local = Local(workers or _cores())
     run = Beam(beam) if beam else local
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
-    root = epath.Path(store)
-    if (root / "config.json").is_file():
-        raise Mistake(f"{store} is the workdir of a run: it has config.json; choose another folder for config.store")
-    if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
-        raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
-    if overwrite and root.exists():
-        print(f"{store}: removed, to be made anew")
-        root.rmtree()
-
+    root = _folder(store, found, overwrite)
     made = dict(format=FORMAT, split=split, validation=validation, split_seed=split_seed, **pipeline.recipe)
     recipes: dict[str, dict[str, Any]] = {
         name: dict(made, source=sources[name], inputs=dict(found[name].inputs)) for name in found
@@ -109,6 +104,30 @@ def prepare(
     return finished
 
 
+def _folder(store: str, sources: Iterable[str], overwrite: bool) -> epath.Path:
+    """The folder of a store, empty where it may `overwrite` what is there; raises `Mistake` for what it cannot be."""
+    root = epath.Path(store)
+    if "://" not in store and (file := next((p for p in (root, *root.parents) if p.is_file()), None)):
+        raise Mistake(f"config.store={store}: {file} is a file; a store is a folder")
+    if (root / "config.json").is_file():
+        raise Mistake(f"{store} is the workdir of a run: it has config.json; choose another folder for config.store")
+    inside = list(root.iterdir()) if root.exists() else []
+    if inside and not (root / "tokenizer").is_dir():
+        raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
+    if overwrite and root.exists():
+        print(f"{store}: removed, to be made anew")
+        root.rmtree()
+        return root
+    for path in inside:
+        named = path.name in (*sources, "tokenizer") or not path.is_dir()
+        if not named and not (path / "manifest.json").exists():
+            raise Mistake(
+                f"{store} holds the unfinished source {path.name}, which config.prepare.sources does not name: "
+                f"name it to finish it, or remove {path}"
+            )
+    return root
+
+
 def _select(
     root: epath.Path, sources: Mapping[str, Reading], recipes: Mapping[str, dict], pipeline: Pipeline, run: Run
 ) -> dict[str, Selection]:
@@ -126,7 +145,7 @@ def _select(
             folders[name].mkdir(parents=True, exist_ok=True)
             if not (folders[name] / "recipe.json").exists():
                 write_json(folders[name] / "recipe.json", recipes[name])
-            with _Meter(f"{name}, duplicates", reading.source.size, 0, unit="documents") as meter:
+            with _named(name), _Meter(f"{name}, duplicates", reading.source.size, 0, unit="documents") as meter:
                 for documents, characters in pipelines.look(folders[name], reading, pipeline, run):
                     meter.advance(documents, characters)
         pipelines.decide(list(folders.values()), pipeline)
@@ -138,8 +157,19 @@ def _training_texts(
 ) -> Iterator[str]:
     """The training split of all sources, cleaned."""
     for name, reading in sources.items():  # without rules there is nothing to share out
-        for _, (pairs, _) in local(pipeline.parts, reading, root / name / SELECTION, alone=not pipeline.cleaner.rules):
-            yield from (train for train, _ in pairs if train)
+        results = local(pipeline.parts, reading, root / name / SELECTION, alone=not pipeline.cleaner.rules)
+        with _named(name):
+            for _, (pairs, _) in results:
+                yield from (train for train, _ in pairs if train)
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Say of which source a mistake is that was found in its text."""
+    try:
+        yield
+    except Mistake as mistake:
+        raise Mistake(f"{source}: {mistake}") from mistake
 
 
 @functools.cache
@@ -168,7 +198,7 @@ def _cores() -> int:
 
 
 def _checked_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.-]*", name) or name == "tokenizer":
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in ("tokenizer", "card.html"):
         raise Mistake(
             f"config.prepare.sources: {name!r} cannot be a source's name: it names a folder beside tokenizer/"
         )
@@ -241,7 +271,8 @@ def _prepare_source(
         work, reading, folder / SELECTION, tally=tally, read=read,
         together=not augmentation.alone, alone=augmentation.by_model,
     )  # fmt: skip
-    with _Meter(folder.name, reading.source.size, done=sum(size["bytes"] for size in writer.sizes.values())) as meter:
+    done = sum(size["bytes"] for size in writer.sizes.values())
+    with _named(folder.name), _Meter(folder.name, reading.source.size, done) as meter:
         for read, encoded in results:
             counts.update(encoded.counts)
             for part in encoded.parts:

@@ -249,8 +249,8 @@ def _stream(
     With `isolate=False` documents of a row see each other, and a causal model need not know where one ends.
     """
     stream = rows.train(
-        store, length=task.row, seed=seed, packing=packing, isolate=isolate, pairs=task.pairs, batch=batch,
-        until=until, weights=weights, temperature=temperature, epochs=epochs, schedule=schedule,
+        store, length=task.row, seed=seed, packing=packing, isolate=isolate, pairs=task.pairs, cost=task.cost,
+        batch=batch, until=until, weights=weights, temperature=temperature, epochs=epochs, schedule=schedule,
         cap=cap / task.row if isinstance(cap, int | float) else cap,
     )  # fmt: skip
     if isolate or not task.exact:
@@ -279,7 +279,7 @@ def _held_out(
     """The validation rows of each source that has any; `documents` bounds how many of each."""
     named = [s for s in store.sources if len(store.split(s, "validation"))] if sources is None else sources
     return {
-        source: rows.validation(store, source, length=task.row, documents=documents, pairs=task.pairs)
+        source: rows.validation(store, source, length=task.row, documents=documents, pairs=task.pairs, cost=task.cost)
         for source in named
     }
 

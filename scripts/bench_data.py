@@ -65,7 +65,7 @@ def loader(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     stores.HELD = stores.HELD if where == "held" else 0
     with tempfile.TemporaryDirectory() as folder:
         _write_store(folder, a.vocab)
-        stream = rows.train(store := stores.open(folder), length=task.row, seed=0)
+        stream = rows.train(store := stores.open(folder), length=task.row, seed=0, cost=task.cost)
         count = max(256, (1 << 23) // a.context)  # rows
 
         def cost(what) -> float:

@@ -75,7 +75,7 @@ def measure(
     )
     count = several = 0
     for name in tokens.sources:
-        held_out = rows.validation(tokens, name, length=task.row)
+        held_out = rows.validation(tokens, name, length=task.row, cost=task.cost)
         training = ngram._documents(tokens.split(name, "train"))
         forward = ngram.fit(training, order, words.vocab)
         backward = ngram.fit([document[::-1] for document in training], order, words.vocab)

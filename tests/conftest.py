@@ -2,6 +2,7 @@
 
 from importlib import metadata
 import os
+import tempfile
 
 from hypothesis import settings
 import pytest
@@ -23,6 +24,12 @@ for name, value in {
 
 settings.register_profile("house", deadline=None)  # the first example compiles
 settings.load_profile("house")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What libraries and programs leave behind goes where pytest clears up."""
+    tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("t"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

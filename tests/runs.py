@@ -1,5 +1,6 @@
 """Small training runs that the tests share: a corpus, a config, programs started and read."""
 
+from collections.abc import Sequence
 import json
 import os
 from pathlib import Path
@@ -54,9 +55,10 @@ def write_corpus(folder: Path) -> dict[str, str]:
     return {name: f"jsonl:{folder}/{name}.jsonl" for name in ("prose", "lists")}
 
 
-def write_store(folder: Path) -> str:
-    """A store of both files as bytes, held-out documents included; returns its path."""
-    prepare.prepare(str(folder / "store"), write_corpus(folder), dict(kind="bytes"), validation=0.2, workers=1)
+def write_store(folder: Path, extra: Sequence[str] = ()) -> str:
+    """A store of both files as bytes and `extra` specials, held-out documents included; returns its path."""
+    tokenizer = dict(kind="bytes", extra=list(extra))
+    prepare.prepare(str(folder / "store"), write_corpus(folder), tokenizer, validation=0.2, workers=1)
     return str(folder / "store")
 
 

@@ -48,6 +48,9 @@ class NoBos:
     def decode(self, ids):
         return bytes(ids).decode(errors="replace")
 
+    def size(self, token):
+        return 1
+
 
 def test_logits_are_those_of_the_model_for_one_row_and_for_several(lm):
     rows = np.random.default_rng(0).integers(0, lm.tokenizer.vocab, (2, 9))
@@ -68,6 +71,11 @@ def test_a_score_is_the_sum_over_the_document_as_a_store_holds_it(lm):
         assert (score.tokens, score.bytes) == (len(row) - 1, len(text.encode()))
         if text:
             assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_a_score_without_bos_is_of_the_bytes_of_the_tokens_that_are_predicted(lm):
+    for text, score in zip(["the café", "t"], LM(lm.blueprint, lm.params, NoBos(), None).score(["the café", "t"])):
+        assert score.tokens == score.bytes == len(text.encode()) - 1
 
 
 def test_a_text_longer_than_the_context_is_scored_in_windows(lm):

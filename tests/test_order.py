@@ -1,6 +1,6 @@
 """The order of the data survives everything: a run is given the same batches, byte for byte, however it came about.
 
-With packing, a mixture whose weights change and whose sources run out, and noise.
+With packing, a mixture whose weights change and whose sources run out, and the noise of masked language modelling.
 """
 
 import signal
@@ -12,13 +12,18 @@ from tests.recording import same
 from tests.runs import STEPS, arrays, losses, run, two_processes, write_store
 
 DATA = dict(schedule=[(0, dict(prose=2.0, lists=1.0)), (6, dict(prose=1.0, lists=3.0))], epochs=dict(lists=1.5))
-FLAGS = ["--config.length=160", "--config.objective.name=prefix", f"--config.data={DATA}"]
+MODEL = dict(name="bert", layers=2, width=32, heads=4, mlp_width=64, dropout=0.1)
+MASK = 259  # behind 256 bytes and 3 specials
+OBJECTIVE = dict(name="mlm", unit="span")
+FLAGS = [
+    "--config.length=160", f"--config.model={MODEL}", f"--config.objective={OBJECTIVE}", f"--config.data={DATA}",
+]  # fmt: skip
 pytestmark = pytest.mark.endurance  # four runs of the whole program
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("corpus"))
+    return write_store(tmp_path_factory.mktemp("corpus"), extra=["<mask>"])
 
 
 @pytest.fixture(scope="module")
@@ -59,5 +64,10 @@ def test_the_batches_are_packed_mixed_and_noisy(whole):
     assert len(steps) == STEPS and not same(steps[0], steps[1])
     segments = np.concatenate([step["segments"] for step in steps])
     assert (segments.max(axis=1) > 1).mean() > 0.5
-    seen = np.concatenate([step["prefix"] for step in steps])
-    assert 0.2 < seen[segments > 0].mean() < 0.8, "each document is cut at a place of its own"
+    chosen, masked = (
+        np.concatenate([found(step) for step in steps])
+        for found in (lambda step: step["weights"] > 0, lambda step: step["tokens"] == MASK)
+    )
+    assert 0.1 < chosen[segments > 0].mean() < 0.16, "each row's noise is its own"
+    assert 0.7 < masked[chosen].mean() < 0.9 and not masked[~chosen].any()
+    assert len(np.unique(chosen, axis=0)) == len(chosen)

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from jaxlm import prepare as program
-from jaxlm.data import encode, store
-from jaxlm.lookup import Mistake
+from jaxlm.data import encode, store, tokenizers
+from jaxlm.data.cleaning import Cleaner
+from jaxlm.lookup import Mistake, spend
 from jaxlm.prepare import prepare
 
 BYTES = dict(kind="bytes")
@@ -262,3 +263,85 @@ def test_the_rows_of_a_config_are_shown_as_its_model_gets_them(corpus, tmp_path,
         show("--config.data.packing=bestfit")
     with pytest.raises(Mistake, match="no token store at"):
         show(made="nowhere")
+
+
+def test_without_a_bos_the_first_token_is_given_and_its_bytes_are_no_part_of_what_is_predicted(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("éa", "bcd", "d")))
+    made = prepare(f"{tmp_path}/store", dict(a=f"jsonl:{tmp_path}/a.jsonl"), dict(kind="characters"), validation=0)
+    assert made.split("a", "train").bytes.tolist() == [3, 3, 1]
+    assert made.predicted_bytes("a", "train") == 1 + 2 + 0
+    assert made.predicted_bytes("a", "train", [0, 2]) == 1
+    began = prepare(f"{tmp_path}/bos", dict(a=f"jsonl:{tmp_path}/a.jsonl"), dict(kind="bytes"), validation=0)
+    assert began.predicted_bytes("a", "train") == 3 + 3 + 1
+
+
+def test_a_source_left_unfinished_and_no_longer_named_is_a_mistake_with_two_ways_out(corpus, tmp_path):
+    made = f"{tmp_path}/store"
+    docs = dict(docs=f"jsonl:{tmp_path}/docs.jsonl")
+    prepare(made, docs, BYTES, workers=1)
+    (tmp_path / "store" / "old" / "train").mkdir(parents=True)
+    for look in (lambda: prepare(made, docs, BYTES, workers=1), lambda: store.open(made)):
+        with pytest.raises(Mistake, match=r"old.* or remove .*store/old"):
+            look()
+    (tmp_path / "store" / "old" / "train").rmdir()
+    (tmp_path / "store" / "old").rmdir()
+    assert prepare(made, docs, BYTES, workers=1).sources == ["docs"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(store="HERE/docs.jsonl/store"), r"docs.jsonl/store: .*docs.jsonl is a file; a store is a folder"),
+        (dict(store="HERE/docs.jsonl"), r"docs.jsonl is a file; a store is a folder"),
+        (dict(sources={}), r"config.prepare.sources is empty; name texts, for example sources=dict\(docs="),
+        (dict(sources={"card.html": "python-docs:"}), r"'card.html' cannot be a source's name"),
+        (dict(validation="0.1"), r"validation is a fraction from 0 to below 1, not '0.1'"),
+        (
+            dict(clean=["tests.data.own_filters.crash"]),
+            r"docs: .*own_filters.crash failed with IndexError .*'document 0: '",
+        ),
+        (dict(augment=[dict(name="eda", synonyms="HERE/latin.txt")]), r"synonyms=.*latin.txt, line 2 is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_prepared_is_a_mistake_that_names_it(corpus, tmp_path, changes, message):
+    (tmp_path / "latin.txt").write_bytes("big, large\ncaf\u00e9, bar\n".encode("latin-1"))
+    how = dict(store="HERE/store", sources=dict(docs="jsonl:HERE/docs.jsonl"), tokenizer=BYTES, workers=1) | changes
+    filled = json.loads(json.dumps(how).replace("HERE", str(tmp_path)))
+    with pytest.raises(Mistake, match=message):
+        prepare(filled.pop("store"), filled.pop("sources"), filled.pop("tokenizer"), **filled)
+
+
+def test_an_augmentation_may_be_named_alone(corpus, tmp_path):
+    made = prepare(f"{tmp_path}/store", dict(docs=f"jsonl:{tmp_path}/docs.jsonl"), BYTES, augment=["noise"], workers=1)
+    assert made.manifest("docs")["copies"]["noise"] > 50
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"splits"'])
+def test_a_manifest_that_says_nothing_is_damaged(corpus, tmp_path, content):
+    how = f"{tmp_path}/store", dict(docs=f"jsonl:{tmp_path}/docs.jsonl"), BYTES
+    prepare(*how, workers=1)
+    (tmp_path / "store" / "docs" / "manifest.json").write_text(content)
+    with pytest.raises(Mistake, match=r"manifest.json is damaged .*--overwrite"):
+        store.open(how[0])
+    with pytest.raises(Mistake, match=r"--overwrite"):
+        prepare(*how, workers=1)
+
+
+def test_a_value_of_another_type_is_named_with_the_type_that_is_meant():
+    section = dict(sources=dict(docs="python-docs:"), tokenizer=BYTES)
+    for key, value, words in [
+        ("validation", "0.1", "a number"),
+        ("validation", True, "a number"),
+        ("split_seed", 1.5, "a whole number"),
+        ("sources", "python-docs:", "a dict"),
+        ("clean", "unicode", "a list, each a text or a dict"),
+        ("workers", "two", "a whole number or None"),
+        ("overwrite", 1, "True or False"),
+    ]:
+        with pytest.raises(Mistake, match=rf"config\.prepare\.{key}={value!r} should be {words}"):
+            spend("config.prepare", prepare, section | {key: value}, "store")
+    for spec in (dict(kind="bytes", extra="<mask>"), dict(kind="characters", extra=[1])):
+        with pytest.raises(Mistake, match=r"tokenizer '\w+'\.extra=.* should be a list, each a text"):
+            tokenizers.train(["a"], spec)
+    with pytest.raises(Mistake, match=r"config.prepare.clean: length.min_words='2' should be a whole number"):
+        Cleaner.of([dict(name="length", min_words="2")])

@@ -208,7 +208,7 @@ def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_p
         (dict(data=dict(packing="bestfit")), "did you mean 'best_fit'"),
         (dict(data=dict(weights=dict(pros=1.0))), "did you mean 'prose'"),
         (dict(data=dict(temprature=2.0)), "config.data has no 'temprature'; did you mean 'temperature'"),
-        (dict(data=dict(cap="many")), "data.cap is a number above 0, not 'many'"),
+        (dict(data=dict(cap="many")), "data.cap='many' should be a number or None"),
         (dict(data=dict(epochs=0.1)), "data.epochs: after .* no source is left, and the run asks for more"),
         (dict(data=dict(schedule=[(0, dict(prose=1.0)), (5, dict(list=1.0))])), "from step 5: .*did you mean 'lists'"),
         (dict(mesh=dict(fsdp=3)), "does not fit 8 devices"),

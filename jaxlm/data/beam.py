@@ -58,6 +58,10 @@ class Beam:
         if not any(word.startswith("--runner") for word in words):
             raise Mistake(f'--beam={flags!r} names no runner; for example --beam="--runner=DirectRunner"')
         self._pipeline = partial(apache_beam.Pipeline, options=PipelineOptions(words))
+        try:
+            self._pipeline()  # makes its runner, and runs nothing
+        except (ImportError, AttributeError, ValueError) as e:
+            raise Mistake(f"--beam={flags!r}: {e}") from None
         self._counts: dict[str, list[int]] = {}  # documents in each shard, by the source's spec
 
     def __call__(

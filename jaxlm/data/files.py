@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from jaxlm.lookup import Mistake
 
+CONTENT = 256 << 20  # bytes that are read in less than a second, to tell whether they are the same still
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -44,10 +45,20 @@ def match(pattern: str) -> list[epath.Path]:
 
 
 def inputs(names: list[epath.Path]) -> dict[str, str | int]:
-    """Identify files by their names and lengths: how many, how many bytes, and a digest."""
-    sizes = [name.stat().length for name in names]
-    digest = hashlib.sha256("\n".join(f"{name.name} {size}" for name, size in zip(names, sizes)).encode())
-    return dict(files=len(names), bytes=sum(sizes), digest=digest.hexdigest()[:16])
+    """Identify files: how many, how many bytes, and a digest of their names and lengths, and of what they hold.
+
+    Of more than CONTENT bytes, which would take long to read, the times of their last change stand in for the content:
+    these a copy does not always keep, so fewer bytes are better known by themselves.
+    """
+    stats = [name.stat() for name in names]
+    size, digest = sum(stat.length for stat in stats), hashlib.sha256()
+    for name, stat in zip(names, stats):
+        digest.update(f"{name.name} {stat.length} {'' if size <= CONTENT else stat.mtime}\n".encode())
+        if size <= CONTENT:
+            with name.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return dict(files=len(names), bytes=size, digest=digest.hexdigest()[:16])
 
 
 def plain_size(names: list[epath.Path]) -> int | None:

@@ -136,7 +136,12 @@ def _by_size(sizes: Mapping[str, int], temperature: float | None, cap: float | N
         if value is not None and not (_is_number(value) and value > 0):
             raise Mistake(f"data.{name} is a number above 0, not {value!r}")
     power = 1 / (temperature or 1.0)
-    return {source: min(size, cap or size) ** power for source, size in sizes.items()}
+    try:
+        return {source: min(size, cap or size) ** power for source, size in sizes.items()}
+    except OverflowError:
+        raise Mistake(
+            f"data.temperature={temperature} is too near to 0; name the largest source in data.weights"
+        ) from None
 
 
 def _bounds(epochs: object, sources: Sequence[str]) -> dict[str, float]:
@@ -168,6 +173,8 @@ def _is_pair(entry: object) -> bool:
 
 def _checked(what: str, weights: Weights, sources: Sequence[str]) -> Weights:
     """Weights as they are, or a `Mistake`."""
+    if not isinstance(weights, Mapping):
+        raise Mistake(f"{what} is a number for each source, as in {{{sources[0]!r}: 1.0}}, not {weights!r}")
     for source, weight in weights.items():
         if source not in sources:
             raise miss(f"{what}: the store", source, sources)

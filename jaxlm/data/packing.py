@@ -11,9 +11,12 @@ All keep one promise: every token but the first of its document is, in exactly o
 So each is predicted exactly once an epoch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+Cost = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +66,16 @@ def split(offsets: np.ndarray, length: int) -> Plan:
     return Plan(length, starts, (stops - starts).astype(np.int32), first)
 
 
-def best_fit(offsets: np.ndarray, length: int, documents: np.ndarray | None = None) -> Plan:
+def best_fit(
+    offsets: np.ndarray, length: int, documents: np.ndarray | None = None, cost: Cost | None = None
+) -> Plan:  # fmt: skip
     """Cut only documents longer than a row; each piece, the longest first, goes to the row with the least room for it.
 
-    Best-fit-decreasing as in arXiv:2404.10830; the arguments are those of `alone`.
+    Best-fit-decreasing as in arXiv:2404.10830; the arguments are those of `alone`, and `cost` gives the room
+    that pieces of so many tokens take, at least as many, and `length` at most.
     """
     pieces = alone(offsets, length, documents)
-    row, rows = _best_fit_decreasing(pieces.lengths, length)
+    row, rows = _best_fit_decreasing(cost(pieces.lengths) if cost else pieces.lengths, length)
     order = np.argsort(row, kind="stable")
     first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
     return Plan(length, pieces.starts[order], pieces.lengths[order], first)

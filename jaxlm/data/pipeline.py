@@ -7,7 +7,8 @@
     load(folder).of(documents)         those that stay
 
 A pass reads everything and cleans it in parallel. Deduplication needs one of its own, because what stays is not known
-before all was seen; cleaning alone needs none. A source's folder holds:
+before all was seen; cleaning alone needs none. The text is cleaned anew in each pass: to keep it from one to the next
+would take as much disk as the sources. A source's folder holds:
 
     STORE/docs/selection/recipe.json               what was asked for (`jaxlm.prepare`); another config is refused
     STORE/docs/selection/part-000000000000.npz     of its documents from 0 on: dropped, digests, bands of signatures
@@ -20,6 +21,7 @@ and 4 a permutation (1,033) until the verdicts are there; in memory what `dedup.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
+from importlib import metadata
 import io
 import itertools
 import json
@@ -80,7 +82,9 @@ class Pipeline:
         """All that the outcome depends on, as JSON would give it back; None for what is not done."""
         duplicates = dataclasses.asdict(self.dedup) if self.dedup else {}
         duplicates.pop("prefer", None)  # what it comes to is each source's `after`
+        libraries = self.cleaner.libraries | (dict(rensa=metadata.version("rensa")) if self.dedup else {})
         return dict(
+            libraries=libraries or None,
             clean=[dict(rule) for rule in self.cleaner.recipe] or None,
             dedup=duplicates or None,
             decontaminate=dict(self.contamination.recipe) if self.contamination else None,

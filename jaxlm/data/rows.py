@@ -27,7 +27,7 @@ from grain.experimental import index_shuffle
 import numpy as np
 
 from jaxlm.data.mixing import plan
-from jaxlm.data.packing import PACKINGS, Plan, alone, best_fit
+from jaxlm.data.packing import PACKINGS, Cost, Plan, alone, best_fit
 from jaxlm.data.store import Split, Store
 from jaxlm.lookup import Mistake, key, miss
 
@@ -47,7 +47,7 @@ class Rows:
     plan: Plan
     isolate: bool = True
     pairs: bool = False
-    bytes: int | None = None  # UTF-8 bytes of the text that the rows cover, where they cover whole documents
+    bytes: int | None = None  # UTF-8 bytes of the text that the rows ask for, where they cover whole documents
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -95,17 +95,21 @@ def train(
     packing: str = "best_fit",
     isolate: bool = True,
     pairs: bool = False,
+    cost: Cost | None = None,
     **mixing: Any,
 ) -> grain.MapDataset[Row]:
     """The endless stream of training rows: element i is a pure function of (seed, i).
 
     Each source goes through its rows epoch after epoch, in a new order each time; how they take turns is said by the
-    options of `jaxlm.data.mixing.plan`: without any, each has the share of its size. With `pairs`, nothing is packed:
-    each row is a piece of one document, with a piece of another one of its source. Raises `Mistake` for wrong options,
-    for a source that the store does not hold, a length below 2, a source in which there is nothing to predict, or of
-    one document where `pairs` are asked for.
+    options of `jaxlm.data.mixing.plan`: without any, each has the share of its size. `cost` tells how much of a row's
+    `length` documents of so many tokens take, where it is more (for `best_fit`, isolated). With `pairs`, nothing is
+    packed: each row is a piece of one document, with a piece of another one of its source. Raises `Mistake` for wrong
+    options, for a source that the store does not hold, a length below 2, a source in which there is nothing to predict,
+    or of one document where `pairs` are asked for.
     """
     pack = key("data.packing", "alone" if pairs else packing, PACKINGS)
+    if pack is best_fit and isolate:
+        pack = partial(best_fit, cost=cost)
 
     @cache
     def rows(source: str) -> Rows:
@@ -124,11 +128,14 @@ def train(
     return grain.MapDataset.range(sys.maxsize).map(row)
 
 
-def validation(store: Store, source: str, *, length: int, documents: int | None = None, pairs: bool = False) -> Rows:
+def validation(
+    store: Store, source: str, *, length: int, documents: int | None = None, pairs: bool = False,
+    cost: Cost | None = None,
+) -> Rows:  # fmt: skip
     """All held-out documents, whole: each token but a document's first is predicted exactly once; `bytes` are exact.
 
-    With `documents`, only that many of them, evenly spaced over the split. `pairs` and what is raised are as in
-    `train`; which row stands beside which is then always the same.
+    With `documents`, only that many of them, evenly spaced over the split. `pairs`, `cost` and what is raised are as
+    in `train`; which row stands beside which is then always the same.
     """
     if source not in store.sources:
         raise miss(f"store {store.path}", source, store.sources)
@@ -136,8 +143,9 @@ def validation(store: Store, source: str, *, length: int, documents: int | None 
     chosen = np.arange(len(split))
     if documents is not None and documents < len(split):
         chosen = np.arange(documents) * len(split) // documents
-    plan = _plan(partial(alone if pairs else best_fit, documents=chosen), store, source, split, length)
-    rows = Rows(split, plan, pairs=pairs, bytes=int(split.bytes[chosen].sum()))
+    pack = partial(alone, documents=chosen) if pairs else partial(best_fit, documents=chosen, cost=cost)
+    plan = _plan(pack, store, source, split, length)
+    rows = Rows(split, plan, pairs=pairs, bytes=store.predicted_bytes(source, "validation", chosen))
     _check_pairs(rows, store, source, "validation")
     return rows
 
@@ -202,6 +210,8 @@ def _check_pairs(rows: Rows, store: Store, source: str, split: str) -> None:
 
 def _fold(seed: int, name: str) -> int:
     """A seed of its own for each source, and for noise, which does not change when others come or go."""
+    if seed < 0:
+        raise Mistake(f"config.seed={seed} is a whole number from 0 up")
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 

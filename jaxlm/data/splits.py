@@ -32,8 +32,8 @@ class Splitter:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.validation < 1:
-            raise Mistake(f"config.prepare.validation is a fraction from 0 to below 1, not {self.validation}")
+        if not isinstance(self.validation, int | float) or not 0 <= self.validation < 1:
+            raise Mistake(f"config.prepare.validation is a fraction from 0 to below 1, not {self.validation!r}")
         key("config.prepare.split", self.split, dict(document=None, tail=None))
 
     def mark(self, documents: Iterable[Document]) -> Iterator[Marked]:

@@ -12,7 +12,7 @@
 Read `open` and `Split` to use a store, `Writer` to see how one is made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 import json
 from typing import Any
@@ -101,6 +101,18 @@ class Store:
         """The tokenizer that all sources were encoded with."""
         return tokenizers.load(f"{self.path}/tokenizer")
 
+    def predicted_bytes(self, source: str, split: str, documents: Iterable[int] | None = None) -> int:
+        """UTF-8 bytes of text that a model is asked for in some `documents` of a split (all): what nats are divided by.
+
+        Where the tokenizer adds no bos, a document's first token is given, and its bytes do not count.
+        """
+        found, tokenizer = self.split(source, split), self.tokenizer()
+        chosen = np.arange(len(found)) if documents is None else np.asarray(documents, np.int64)
+        if tokenizer.add_bos:
+            return int(found.bytes[chosen].sum())
+        firsts = ((i, found.read(at := int(found.offsets[i]), min(at + 1, int(found.offsets[i + 1])))) for i in chosen)
+        return sum(tokenizers.predicted_bytes(tokenizer, first, int(found.bytes[i])) for i, first in firsts)
+
     @property
     def vocab(self) -> int:
         return next(iter(self._manifests.values()))["vocab"]
@@ -121,13 +133,23 @@ def open(path: str) -> Store:
     unfinished = [p.name for p in folders if p.name not in manifests]
     if unfinished or not manifests:
         what = f"source {', '.join(unfinished)} is not finished" if unfinished else "it holds no source"
+        if unfinished:
+            remedy += (
+                f" that names {' and '.join(unfinished)}, or remove {', '.join(str(root / n) for n in unfinished)}"
+            )
         raise Mistake(f"token store {path}: {what} (finished: {', '.join(manifests) or 'none'}). {remedy}")
+    for name, manifest in manifests.items():
+        if not {"splits", "vocab"} <= manifest.keys():
+            raise _damaged(f"{path}/{name}/manifest.json", "it does not say what the splits hold")
     return Store(str(path), manifests)
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
     """Read a small JSON file, wherever it lies."""
-    return json.loads(epath.Path(path).read_text())
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except ValueError as e:
+        raise _damaged(str(path), e) from None
 
 
 def write_json(path: epath.PathLike, content: Mapping[str, Any]) -> None:

@@ -5,12 +5,16 @@ words.special_V[5]                              whether 5 stands for no text: ne
 words.begins([2, 71, 9, 12])                    [True  True  False  True]
 words.find("mask", MASK)                        the id of the first of these names that the tokenizer has
 words.sentinels                                 those of <extra_id_0>, <extra_id_1>, ... of T5 and UL2
+
+In scripts without blanks, such as Chinese and Thai, each piece is a word. Where they are spelt in bytes, a word would
+have no end: what is longer than LONGEST tokens is one every three tokens, the bytes of a character.
 """
 
 from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 import re
+import unicodedata
 
 import numpy as np
 
@@ -18,6 +22,10 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.lookup import Mistake
 
 MASK = ("<mask>", "[MASK]")
+LONGEST, CHARACTER = 20, 3  # tokens
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,10 +46,9 @@ class Words:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Words":
         pieces = tokenizer.pieces()
-        inside = lambda sign: sign.isalnum() or sign in "_\ufffd"  # noqa: E731
         special = np.asarray([not piece for piece in pieces])
-        opens = np.asarray([not piece or not inside(piece[0]) for piece in pieces])
-        closes = np.asarray([not piece or not inside(piece[-1]) for piece in pieces])
+        opens = np.asarray([not piece or not _inside(piece[0]) for piece in pieces])
+        closes = np.asarray([not piece or not _inside(piece[-1]) for piece in pieces])
         stops = np.asarray([piece.rstrip().endswith((".", "?", "!")) for piece in pieces])
         ends = tokenizer.bos, tokenizer.eos, tokenizer.pad or 0
         return cls(special, opens, closes, stops, tokenizer.specials, *ends, tokenizer=tokenizer)
@@ -76,7 +83,19 @@ class Words:
         )
 
     def begins(self, tokens: np.ndarray) -> np.ndarray:
-        """Whether each token begins a word, bool[T]: it opens one, or what stands before it has closed one."""
+        """Whether each token begins a word, bool[T]: it opens one, what stands before it has closed one, or the word
+        would be too long.
+        """
         tokens = np.asarray(tokens)
         before = np.append(True, self.closes_V[tokens[:-1]])[: len(tokens)]
-        return self.opens_V[tokens] | before
+        begins = self.opens_V[tokens] | before
+        starts = np.flatnonzero(begins)
+        sizes = np.diff(np.append(starts, len(tokens)))
+        within = np.arange(len(tokens)) - np.repeat(starts, sizes)
+        return begins | (np.repeat(sizes, sizes) > LONGEST) & (within % CHARACTER == 0)
+
+
+def _inside(sign: str) -> bool:
+    """Whether a word can have this sign beside another one of its own: a letter with its marks, a digit or a part."""
+    kind = unicodedata.category(sign)[0]
+    return sign in "_\ufffd" or kind in "MN" or (kind == "L" and not UNSPACED.match(sign))

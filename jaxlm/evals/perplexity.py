@@ -3,8 +3,9 @@
     evaluate(nll, [([2, 71, 12, 9, 3], 11)], context=1024, stride=512)      [Score(nats=16.1, tokens=4, bytes=11)]
 
 A document is [bos] + text + [eos], as a token store holds it; its first token is given, the others are predicted, each
-once. One longer than the context is read in windows that overlap, so that each token has `context - stride` tokens
-before it at least:
+once, and `bytes` are of the text that they stand for: where no bos begins a document, all text but its first token
+(`jaxlm.data.tokenizers.predicted_bytes`). One longer than the context is read in windows that overlap, so that each
+token has `context - stride` tokens before it at least:
 
     context 4, stride 2     tokens   0 1 2 3 4 5 6 7 8
                             reads    0 1 2 3              scores 1 2 3 4
@@ -29,7 +30,7 @@ NLL = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Sums over predicted tokens, eos included; `bytes` counts the text alone, in UTF-8. Scores add up."""
+    """Sums over predicted tokens, eos included; `bytes` counts their text alone, in UTF-8. Scores add up."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -71,7 +72,7 @@ def evaluate(
     stride: int | None = None,
     batch: int = 8,
 ) -> list[Score]:
-    """A score for each document, given as (token ids, UTF-8 bytes of its text).
+    """A score for each document, given as (token ids, UTF-8 bytes of the text after the first).
 
     `nll(rows[B, T + 1])` gives the negative log-likelihood in nats [B, T] of tokens 1.. of each row. It sees B = batch
     and few different T up to `context`. Without a stride, windows overlap by half. Raises `Mistake` for a stride

@@ -95,7 +95,7 @@ def baselines(store: Any, source: str, orders: Sequence[int] = (2, 5)) -> dict[s
     Raises `Mistake` when no text was held out.
     """
     training, held_out = (_documents(store.split(source, split)) for split in ("train", "validation"))
-    text_bytes = int(store.split(source, "validation").bytes.sum())
+    text_bytes = store.predicted_bytes(source, "validation")
     if not text_bytes:
         raise Mistake(f"source {source!r} of store {store.path} has no validation text to score")
     bits = {}

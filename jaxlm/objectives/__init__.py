@@ -12,6 +12,8 @@ A file exports
     pairs(*, ...)                                   may be left out: whether its row is of one document, not packed, and
                                                     has one of another document beside it: {"other_tokens",
                                                     "other_segments"}
+    cost(tokens, length, words, *, ...)             may be left out: how many of a row's tokens documents of so many
+                                                    take up, int[n], where they need more room
 
 `words` (jaxlm.data.words) tells special ids and where words begin, `rng` draws the noise, as a function of (seed, row)
 alone. What stands behind the stars are the options of `config.objective`; each has a default. An objective for several
@@ -40,6 +42,7 @@ class Objective(NamedTuple):
     exact: bool
     row: int  # tokens
     pairs: bool  # whether a row of another document stands beside each
+    cost: Callable[[np.ndarray], np.ndarray] | None  # of documents of so many tokens in a row, where it is not these
     features: Callable[[Arrays, np.random.Generator | None], dict[str, np.ndarray]]
     loss: Callable[..., Sums]  # (model, batch, key)
 
@@ -60,10 +63,11 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
             f"kind {kind}; objectives for it: {', '.join(able)}"
         )
     paired = getattr(module, "pairs", lambda: False)
-    takes = [lookup.keywords(function) for function in (module.row, module.features, module.loss, paired)]
-    lookup.known("config.objective", options, set().union(*takes) - {"kind"})
+    cost = getattr(module, "cost", None)
+    functions = module.row, module.features, module.loss, paired
+    lookup.known("config.objective", options, set().union(*map(lookup.keywords, functions)) - {"kind"})
     options["kind"] = kind
-    row, features, loss, pairs = ({key: options[key] for key in options if key in keys} for keys in takes)
+    row, features, loss, pairs = (_wanted(options, function) for function in functions)
 
     def example(one: Arrays, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         return module.features(one, rng, words, length, **features)
@@ -73,6 +77,12 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
         module.EXACT,
         module.row(length, words, **row),
         paired(**pairs),
+        cost and functools.partial(cost, length=length, words=words, **_wanted(options, cost)),
         example,
         functools.partial(module.loss, **loss),
     )
+
+
+def _wanted(options: Mapping[str, Any], function: Callable) -> dict[str, Any]:
+    """Those of the options that a function takes."""
+    return {key: value for key, value in options.items() if key in lookup.keywords(function)}

@@ -66,6 +66,21 @@ def eos(words: Words) -> int:
     return words.eos
 
 
+def cost(
+    tokens: np.ndarray, row: int, sizes: Sequence[tuple[np.ndarray, np.ndarray]], room: tuple[int, int], kind: str
+) -> np.ndarray:
+    """How many of a `row`'s tokens documents of so many take, int[n]: they take as large a share of it as the largest
+    that their sources and targets take of a sheet's `room`, for any of the `sizes` that they may come to.
+    """
+    shares = [tokens]
+    for source, target in sizes:
+        if kind == "decoder":
+            shares.append(-(-row * (source + target) // (room[0] + 1)))
+        else:
+            shares += [-(-row * size // most) for size, most in zip((source, target), room)]
+    return np.minimum(np.max(shares, axis=0), row)
+
+
 class Sheet:
     """An example in the making: `length` tokens for an encoder and `targets` for a decoder, or for a decoder alone
     `length` tokens and the one that follows them.
@@ -81,6 +96,13 @@ class Sheet:
         if self._kind == "decoder":
             return source + target + sum(used) <= self._room[0] + 1
         return (source + used[0] <= self._room[0]) & (target + used[1] <= self._room[1])
+
+    def room(self, source: int, target: int) -> float:
+        """By how much a pair of such lengths, their eos included, could be longer; below 1 it finds no room."""
+        used = [sum(len(pair[side]) for pair in self._pairs) for side in range(2)]
+        if self._kind == "decoder":
+            return (self._room[0] + 1 - sum(used)) / (source + target)
+        return min((self._room[0] - used[0]) / source, (self._room[1] - used[1]) / target)
 
     def cut(self, document: np.ndarray, rng: np.random.Generator, sizes: Sizes) -> np.ndarray:
         """The document, or as much of one of its ends as fits; perhaps nothing.

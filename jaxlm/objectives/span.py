@@ -7,8 +7,10 @@
 
 `_pairs` shows how pairs of a source and a target become an example. A row holds as many tokens as fill `length` exactly
 when their gaps have become sentinels, and the targets are as long as what those gaps hold: of 568 tokens, 512 and 114.
-T5 corrupts whatever documents fall into a row as one text; here each is corrupted as T5 corrupts a text, and only with
-config.data.isolate=False all of a row as one. Specials inside a text are never noise: a span that meets one is two.
+Several short documents need more than one text of their length, an eos each on either side; so they are packed by what
+they need (`cost`), and a row then holds fewer tokens, of which none is left out. T5 corrupts whatever documents fall
+into a row as one text; here each is corrupted as T5 corrupts a text, and only with config.data.isolate=False all of a
+row as one. Specials inside a text are never noise: a span that meets one is two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,6 +57,28 @@ def row(
     return int(tokens[last])
 
 
+def cost(
+    tokens: np.ndarray, length: int, words: Words, *, rate: float = 0.15, span: float = 3.0,
+    kind: str = "encoder-decoder",
+) -> np.ndarray:  # fmt: skip
+    """How many of a row's tokens documents of so many take, so that all that are packed into it find room."""
+    longest = row(length, words, rate=rate, span=span, kind=kind)
+    room = length, targets(longest, rate, span)
+    return _pairs.cost(tokens, longest, [sizes(tokens, words, rate, span)], room, kind)
+
+
+def targets(tokens: int, rate: float, span: float) -> int:
+    """The room for the targets of a row of so many tokens."""
+    return 1 + int(sum(counts(np.array(tokens), rate, span)))
+
+
+def sizes(tokens: np.ndarray, words: Words, rate: float, span: float) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths of source and target of stored documents of so many tokens, of which a bos counts as text."""
+    text = np.maximum(tokens - bool(words.tokenizer and words.tokenizer.add_eos), 1)
+    noise, spans = counts(text, rate, span)
+    return text - noise + spans + 1, noise + spans + 1
+
+
 def enough(words: Words, spans: int) -> None:
     """Raise `Mistake` for a tokenizer with fewer sentinels than a full row has spans."""
     if spans > len(words.sentinels):
@@ -70,8 +94,7 @@ def features(
     span: float = 3.0, kind: str = "encoder-decoder",
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """A packed row -> the corrupted documents as one example."""
-    noise, spans = counts(np.array(len(row["tokens"])), rate, span)
-    sheet = Sheet(kind, length, int(noise + spans) + 1, words)
+    sheet = Sheet(kind, length, targets(len(row["tokens"]), rate, span), words)
     for document in _pairs.shuffled(_pairs.documents(row, words), rng):
         corrupt(sheet, document, rng, words, rate=rate, span=span)
     return sheet.example()
@@ -81,25 +104,19 @@ def corrupt(
     sheet: Sheet, document: np.ndarray, rng: np.random.Generator, words: Words, *, rate: float, span: float,
     front: Sequence[int] = (),
 ) -> None:  # fmt: skip
-    """Add a document to the sheet, corrupted, with `front` before its source."""
-    sentinels = np.array(words.sentinels, int)
-
-    def sizes(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        special = words.special_V[document]
-        text, others = np.cumsum(~special), np.cumsum(special)
-        noise, spans = counts(text, rate, span)
-        spans += others  # at worst, each special parts a span, or stands behind the last one
-        spans = np.where((text < 2) | (spans > len(sentinels)), NEVER, spans)
-        return len(front) + others + text - noise + spans + 1, noise + spans + 1
-
-    document = sheet.cut(document, rng, sizes)
-    text = ~words.special_V[document]
-    if text.sum() < 2:
-        return
-    noise = np.zeros(len(document), bool)
-    noise[text] = mask(int(text.sum()), rng, rate=rate, span=span)
-    source, target = (gaps(document, where, sentinels) for where in (noise, ~noise))
-    sheet.add(np.concatenate([np.array(front, int), source]), target)
+    """Add a document to the sheet, corrupted, with `front` before its source; or as much of one end as finds room."""
+    sentinels, end = np.array(words.sentinels, int), 0
+    while (text := ~words.special_V[document]).sum() >= 2:
+        noise = np.zeros(len(document), bool)
+        noise[text] = mask(int(text.sum()), rng, rate=rate, span=span)
+        spans = int((noise & ~np.append(False, noise[:-1])).sum())
+        room = sheet.room(len(front) + int((~noise).sum()) + spans + 1, int(noise.sum()) + spans + 1)
+        if room >= 1 and spans <= len(sentinels):
+            source, target = (gaps(document, where, sentinels) for where in (noise, ~noise))
+            return sheet.add(np.concatenate([np.array(front, int), source]), target)
+        end = end or int(rng.choice([1, -1]))
+        kept = min(len(document) - 1, int(len(document) * min(room, len(sentinels) / spans)))
+        document = document[::end][:kept][::end]
 
 
 def mask(tokens: int, rng: np.random.Generator, *, rate: float, span: float) -> np.ndarray:

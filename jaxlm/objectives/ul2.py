@@ -7,7 +7,7 @@
 
 All documents of a row have one denoiser, of the seven in the paper's table 1, drawn by `shares`. A row is as long as
 for a regular denoiser (3 tokens, 15 %), whose sources then fill `length`; a text whose prefix is longer than that, or
-its target than any other denoiser's, gives up one end.
+its target than any other denoiser's, gives up one end. Short documents are packed by what R and X need (`span.cost`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +41,14 @@ def row(length: int, words: Words, *, shares: Sequence[float] = SHARES, kind: st
     tokens = span.row(length - 1, words, kind=kind)
     span.enough(words, max(spans for _, spans in _counts(tokens)))
     return tokens
+
+
+def cost(tokens: np.ndarray, length: int, words: Words, *, kind: str = "encoder-decoder") -> np.ndarray:
+    """How many of a row's tokens documents of so many take, by the denoiser that needs the most room for them."""
+    longest = row(length, words, kind=kind)
+    found = [span.sizes(tokens, words, rate, mean) for some in SPANS.values() for mean, rate in some]
+    room = length, 1 + max(map(sum, _counts(longest)))
+    return _pairs.cost(tokens, longest, [(source + 1, target) for source, target in found], room, kind)
 
 
 def _counts(tokens: int) -> list[tuple[int, int]]:

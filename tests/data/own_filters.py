@@ -21,6 +21,10 @@ def count(text):
     )
 
 
+def crash(text):
+    return text[1_000]
+
+
 def broken(text):
     return 3
 

@@ -166,7 +166,12 @@ def test_a_rule_that_cannot_be_is_a_mistake(spec, message):
 
 def test_a_workdir_that_does_not_write_is_a_mistake_before_anything_is_made(tmp_path):
     with pytest.raises(Mistake, match="is no workdir"):
-        prepare(f"{tmp_path}/store", {}, {}, augment=[dict(name="paraphrase", model=f"{tmp_path}/none")])
+        prepare(
+            f"{tmp_path}/store",
+            dict(docs="python-docs:"),
+            {},
+            augment=[dict(name="paraphrase", model=f"{tmp_path}/none")],
+        )
     assert not (tmp_path / "store").exists()
 
 

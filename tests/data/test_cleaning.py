@@ -118,9 +118,27 @@ def test_of_a_page_the_main_text_is_left():
     assert not any(word in text for word in ("var x", "All rights", "<p>", "News"))
 
 
-@pytest.mark.parametrize("text", ["a < b and c > d", "template<typename T> void f();", "x <- 3; y <p", PROSE])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a < b and c > d",
+        "template<typename T> void f();",
+        "x <- 3; y <p",
+        PROSE,
+        "Use <b> for bold, and <p> or <div> with care.",
+        "<p> begins a paragraph, <span> part of a line.",
+        "A <div class='a'> ends with </div>, and a page with </html> at last.",
+    ],
+)
 def test_what_is_no_page_stays_as_it_is(text):
     assert clean("html", text) == (text, "kept", {})
+
+
+@pytest.mark.parametrize(
+    "page", [f"<!-- {PROSE} -->\n{PAGE}", f"\ufeff<!DOCTYPE html>{PAGE}", f"Date: today\n\n{PAGE}\n"]
+)
+def test_a_page_may_begin_with_something_else(page):
+    assert clean("html", page)[1] == "changed"
 
 
 def test_a_page_without_text_goes():

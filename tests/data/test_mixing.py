@@ -113,6 +113,8 @@ def test_a_row_far_away_is_found_at_once():
         (dict(weights={"docs": 1}, cap=3), "the shares come from"),
         (dict(temperature=0), "data.temperature is a number above 0, not 0"),
         (dict(temperature=float("nan")), "data.temperature is a number above 0"),
+        (dict(temperature=0.001), "data.temperature=0.001 is too near to 0; name the largest source in data.weights"),
+        (dict(weights=1.0), r"data.weights is a number for each source, as in {'chat': 1.0}, not 1.0"),
         (dict(cap=-1), "data.cap is a number above 0, not -1"),
         (dict(epochs=0), "chat has 0; how often a source may be read"),
         (dict(epochs="2"), "data.epochs is a number, or one by source, not '2'"),

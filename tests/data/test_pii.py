@@ -26,6 +26,10 @@ def clean(text, **options):
         ("call (212) 555-0123 or 212-555-0123", "call <PHONE> or <PHONE>"),
         ("+44 20 7946 0958, +49 (30) 901820-123, +4915112345678", "<PHONE>, <PHONE>, <PHONE>"),
         ("1-800-234-5678", "<PHONE>"),
+        ("call (212) 555 0123, (212)555 0123", "call <PHONE>, <PHONE>"),
+        ("ssh root@db.example.com:5432, or ftp://joe@x.org:21/pub", "ssh <EMAIL>:5432, or ftp://<EMAIL>:21/pub"),
+        ("jürgen@müller.de, иван@пример.рф, a@例え.jp", "<EMAIL>, <EMAIL>, <EMAIL>"),
+        ("请写信至 joe@x.com谢谢", "请写信至 <EMAIL>谢谢"),
     ],
 )
 def test_personal_data_become_tokens(text, scrubbed):
@@ -38,7 +42,7 @@ def test_personal_data_become_tokens(text, scrubbed):
     """version 1.2.3.4 of it|v1.2.3.4|Chrome/96.0.66.110 Safari|numpy==1.2.3.4|foo-1.2.3.4.tar.gz|§ 8.8.8.8|1.2.3.4.5
 127.0.0.1 192.168.1.1 0.0.0.0 255.255.255.255 10.0.0.1 999.1.1.1 2001:db8::1 fe80::1 ::1
 std::vector<int> a::b face::add dead::beef x[2:3] a[2000:3000:2] 2023:12:31 10:00:00 2000:01:02
-a @ b|@decorator|git@github.com:org/repo.git|icon@2x.png|pkg@1.2.3|getty@tty1.service|user@host
+a @ b|@decorator|git@github.com:org/repo.git|git@x.com:2024-a/b|icon@2x.png|pkg@1.2.3|getty@tty1.service|user@host
 x = 4111111111111112|0.4111111111111111|1234567890123456|4000000000000000|0x4111111111111111|4111-1111-1111-1111-2
 2024-01-15 10:20:30|978-0-306-40615-7|550e8400-e29b-41d4-a716-446655440000|1700000000000|1,234,567,890
 +1.2345678901|3.14159265358979|sum(+12345678)|123-45-6789|555-0199|356a192b7913b04c54574d18c28d46e6395428ab""".replace(

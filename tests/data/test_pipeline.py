@@ -331,3 +331,20 @@ def test_a_rule_that_changes_text_hides_no_contamination(tmp_path, clean):
         Splitter("document", 0.0, 0), clean, decontaminate=dict(sources=dict(e=f"text:{tmp_path}/exam.txt"))
     )
     assert found.cleaner(ask).text is None and found.cleaner("Please write to john.smith@example.com").text
+
+
+def test_another_version_of_a_library_whose_rules_are_used_is_another_recipe(tmp_path, monkeypatch):
+    spec, how = write(tmp_path / "a.jsonl", ["one text", "another text"]), dict(workers=1, validation=0)
+    for name, rules, library in [
+        ("unicode", dict(clean=["unicode"]), "ftfy"),
+        ("language", dict(clean=[dict(name="language", keep=["en"], confidence=0.0)]), "py3langid"),
+        ("dedup", dict(dedup={}), "rensa"),
+    ]:
+        made = prepare(f"{tmp_path}/{name}", dict(a=spec), BYTES, **how, **rules)
+        version = made.manifest("a")["libraries"][library]
+        prepare(f"{tmp_path}/{name}", dict(a=spec), BYTES, **how, **rules)
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.metadata.version", lambda library: "0.0.1")
+            with pytest.raises(Mistake, match=rf"libraries: .*'{library}': '{version}'.* there, .*'0.0.1'.* now"):
+                prepare(f"{tmp_path}/{name}", dict(a=spec), BYTES, **how, **rules)
+    assert prepare(f"{tmp_path}/plain", dict(a=spec), BYTES, **how).manifest("a")["libraries"] is None

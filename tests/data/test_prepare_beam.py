@@ -127,6 +127,8 @@ def test_a_mistake_on_another_machine_comes_through(corpus, tmp_path):
 def test_options_without_a_runner_are_a_mistake(corpus, tmp_path):
     with pytest.raises(Mistake, match="names no runner; for example"):
         prepare(f"{tmp_path}/store", corpus, dict(kind="bytes"), beam="--direct_num_workers=2")
+    with pytest.raises(Mistake, match=r"--runner=NopeRunner': .*Valid values are .*FlinkRunner"):
+        prepare(f"{tmp_path}/store", corpus, dict(kind="bytes"), beam="--runner=NopeRunner")
     assert not (tmp_path / "store").exists()
 
 

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from jaxlm.data import rows
+from jaxlm.data import rows, tokenizers
 from jaxlm.data import store as token_store
 from jaxlm.lookup import Mistake
 
@@ -38,6 +38,9 @@ class MemoryStore:
 
     def split(self, source, split):
         return self.splits[source]
+
+    def predicted_bytes(self, source, split, documents):
+        return int(self.splits[source].bytes[documents].sum())
 
 
 def documents_of(first, count=40, seed=0):
@@ -81,6 +84,7 @@ def test_rows_of_a_store_on_disk_equal_those_in_memory(tmp_path, monkeypatch, he
     for split in token_store.SPLITS:
         writer.append(split, np.concatenate(documents).astype(np.uint16), lengths, 3 * lengths - 3)
     token_store.write_json(tmp_path / "docs" / "manifest.json", dict(splits=writer.commit(), vocab=1_000))
+    tokenizers.train([], dict(kind="bytes")).save(tmp_path / "tokenizer")
     disk, memory = token_store.open(str(tmp_path)), MemoryStore(docs=documents)
     for packing in ("best_fit", "split", "alone"):
         a, b = (rows.train(store, length=LENGTH, seed=0, packing=packing) for store in (disk, memory))
@@ -283,3 +287,8 @@ def test_a_source_with_nothing_to_predict_is_a_mistake():
 def test_rows_outside_the_batch_are_refused(store):
     with pytest.raises(ValueError, match=r"\(6, 9\).* not ranges within a batch of 8"):
         rows.batches(rows.train(store, length=LENGTH, seed=0), batch=8, rows=[(6, 9)])
+
+
+def test_a_seed_below_0_is_a_mistake(store):
+    with pytest.raises(Mistake, match=r"config.seed=-1 is a whole number from 0 up"):
+        rows.train(store, length=LENGTH, seed=-1)

@@ -4,6 +4,7 @@ from collections import Counter
 import gzip
 import itertools
 import json
+import os
 import sys
 import time
 
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxlm.data import sources
+from jaxlm.data import files, sources
+from jaxlm.data.sources import hf
 from jaxlm.data.splits import Splitter
 from jaxlm.lookup import Mistake
 
@@ -286,12 +288,51 @@ def test_mistakes_in_a_spec_are_answered_with_the_choices(spec, message, corpus)
         texts(spec.format(corpus))
 
 
+def test_what_a_library_cannot_read_is_a_mistake_or_skipped_and_counted(tmp_path, corpus, monkeypatch):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n' * 2 + '{"text": oops\n')
+    spec, tally = f"hf:{tmp_path}:train", Counter()
+    with pytest.raises(Mistake, match=r"example 0 and what follows cannot be read .*on_error=skip"):
+        texts(spec)
+    assert texts(f"{spec}?on_error=skip", tally) == [] and tally == Counter({"unreadable rest": 1})
+
+    def read(self, number):
+        raise RuntimeError("damaged")
+
+    spec = f"tfds:tiny/small:train?data_dir={corpus}"
+    monkeypatch.setattr("tensorflow_datasets.core.data_sources.base.BaseDataSource.__getitem__", read)
+    with pytest.raises(Mistake, match=r"train, example 0 cannot be read \(damaged\)"):
+        texts(spec)
+    assert texts(f"{spec}&on_error=skip", tally) == [] and tally["unreadable"] == 5
+
+
+def test_a_lost_connection_to_the_hub_is_never_skipped():
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("gone")
+
+    with pytest.raises(Mistake, match=r"hf:a/b:train: example 1 and what follows cannot be read \(gone\)"):
+        list(hf._numbered(rows(), "a/b:train", True, lambda fault: None))
+
+
 def test_a_changed_input_is_told_from_the_old_one(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     before = sources.find(f"text:{tmp_path}/*.txt").inputs
     assert sources.find(f"text:{tmp_path}/*.txt").inputs == before
     (tmp_path / "b.txt").write_text("two")
     assert sources.find(f"text:{tmp_path}/*.txt").inputs != before
+
+
+def test_an_edit_that_keeps_the_length_is_noticed_by_the_content_or_where_there_is_much_by_the_time(
+    tmp_path, monkeypatch
+):
+    path, seen = tmp_path / "a.txt", []
+    for limit in (files.CONTENT, 2):
+        monkeypatch.setattr(files, "CONTENT", limit)
+        for text, when in (("one", 1_000_000), ("two", 1_000_000), ("two", 2_000_000)):
+            path.write_text(text)
+            os.utime(path, (when, when))
+            seen.append(sources.find(f"text:{path}").inputs["digest"])
+    assert seen[0] != seen[1] == seen[2] and seen[3] == seen[4] != seen[5]
 
 
 def split(how, fraction, documents, seed=0):

@@ -72,6 +72,14 @@ def test_ids_are_below_vocab_and_a_batch_is_its_texts(name, trained):
     assert all(0 <= i < tok.vocab for ids in batch for i in ids) and batch[-1] == []
 
 
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_the_sizes_of_tokens_sum_up_to_the_bytes_of_the_text_even_in_parts_of_characters(name, trained):
+    tok = trained[name]
+    for text in ("漢字 é 🤖 object", HARD):
+        assert sum(map(tok.size, tok.encode(text))) == len(text.encode())
+    assert all(tok.size(i) == 0 for i in tok.specials.values())
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_what_is_saved_is_what_is_loaded_and_unpickled(name, trained, tmp_path):
     tok = trained[name]

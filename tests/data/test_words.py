@@ -64,3 +64,10 @@ def test_specials_stand_in_a_text_by_their_names_where_that_is_asked_for(tokeniz
 def test_a_published_mask_is_found():
     wordpiece = tokenizers.train(TEXTS, SPECS["wordpiece"])
     assert Words.of(wordpiece).find("mask", MASK) == wordpiece.specials["[MASK]"]
+
+
+def test_each_sign_of_a_script_without_blanks_is_a_word_and_marks_stay_with_their_letter():
+    words = Words.of(tokenizers.train(text := ["the 语言 हिन्दी end"], dict(kind="characters")))
+    ids = tokenizers.train(text, dict(kind="characters")).encode(text[0])
+    found = [text[0][i] for i in np.flatnonzero(words.begins(ids)) if text[0][i] != " "]
+    assert found == ["t", "语", "言", "ह", "e"]

@@ -161,8 +161,9 @@ def test_baselines_divide_the_nats_of_all_held_out_documents_by_their_bytes():
     splits = {"train": Memory(corpus()), "validation": Memory(corpus(9, seed=1))}
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(chr(97 + i) for i in ids))
     store = SimpleNamespace(
-        path="memory", split=lambda source, split: splits[split], vocab=VOCAB, tokenizer=lambda: tokenizer
-    )
+        path="memory", split=lambda source, split: splits[split], vocab=VOCAB, tokenizer=lambda: tokenizer,
+        predicted_bytes=lambda source, split: int(splits[split].bytes.sum()),
+    )  # fmt: skip
     found = ngram.baselines(store, "walks", orders=[2])
     nats = ngram.fit(corpus(), 2, VOCAB)
     bits = sum(nats.nll(d).sum() for d in corpus(9, seed=1)) / math.log(2)

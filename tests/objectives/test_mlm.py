@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.data import rows
+from jaxlm.data import rows, tokenizers
 from jaxlm.data.words import MASK, Words
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
@@ -149,10 +149,22 @@ def test_a_span_stays_in_its_document_and_between_specials(documents, seed, rate
 
 
 def test_documents_without_specials_between_them_are_kept_apart_too():
-    segments = np.repeat([1, 2, 3], 20)
-    tokens = np.full(60, 11)  # of one word, as far as the tokens tell
+    segments = np.repeat([1, 2, 3], 6)
+    tokens = np.full(18, 11)  # of one word, as far as the tokens tell
     starts, _, joined = mlm._units(tokens, segments, KNOWN, whole=True)
-    assert starts.tolist() == [0, 20, 40] and not joined.any()
+    assert starts.tolist() == [0, 6, 12] and not joined.any()
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+@pytest.mark.parametrize("spec", [dict(kind="bytes"), dict(kind="sentencepiece", vocab=300, algorithm="bpe")])
+def test_text_without_blanks_is_masked_at_the_rate_that_was_asked_for(unit, spec):
+    """A paragraph of Chinese, in bytes a word that no budget would hold."""
+    tokenizer = tokenizers.train(["the cat sat on the mat. a dog ran"] * 9, spec | dict(extra=["<mask>"]))
+    known, tokens = Words.of(tokenizer), np.array(tokenizer.encode("语言模型学习预测文本中的下一个词" * 9)[:384])
+    row = {"tokens": tokens, "segments": np.ones(len(tokens), np.int32)}
+    for seed in range(9):
+        example = mlm.features(row, np.random.default_rng(seed), known, len(tokens), unit=unit)
+        assert example["weights"].mean() == pytest.approx(0.15, abs=0.01)
 
 
 # Pairs. In these stores each token tells its document: 10 x document + 10, and no word has two tokens.

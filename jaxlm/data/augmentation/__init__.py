@@ -50,11 +50,11 @@ class Augmentation:
     Raises `Mistake` for an unknown kind or option, and for values that cannot be.
     """
 
-    def __init__(self, specs: Sequence[Mapping[str, Any]] = (), load: Callable[[str], Write] | None = None):
+    def __init__(self, specs: Sequence[str | Mapping[str, Any]] = (), load: Callable[[str], Write] | None = None):
         self._made, self._rules = (specs, load), []
         self.by_model = self.alone = False  # whether a model is asked; whether neighbours are left alone
         for number, spec in enumerate(specs):
-            self._rules.append(_rule(f"config.prepare.augment[{number}]", number, dict(spec), load))
+            self._rules.append(_rule(f"config.prepare.augment[{number}]", number, _options(spec), load))
             self.by_model |= self._rules[-1].by_model
         self.alone = not self.by_model and not {rule.name for rule in self._rules} & set(NEIGHBOURS)
         self._keep = all(rule.keep for rule in self._rules)
@@ -78,10 +78,10 @@ class Augmentation:
         return [text for copies in found for text in copies[not self._keep and len(copies) > 1 :]], made
 
 
-def recipe(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def recipe(specs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The specs as JSON, each with a digest of the files and workdirs that it names, so that a change is noticed."""
     found = []
-    for spec in specs:
+    for spec in map(_options, specs):
         parts = []
         for path in (epath.Path(value) for key, value in spec.items() if key != "name" and isinstance(value, str)):
             if path.is_file():
@@ -91,8 +91,13 @@ def recipe(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 files = path / "config.json", path / "summary.json"  # a summary has times: no two runs' are equal
                 parts += [file.read_bytes() for file in files if file.exists()]
         digest = hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]
-        found.append(json.loads(json.dumps(dict(spec))) | (dict(digest=digest) if parts else {}))
+        found.append(json.loads(json.dumps(spec)) | (dict(digest=digest) if parts else {}))
     return found
+
+
+def _options(spec: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A rule's options with its `name`, which may stand alone."""
+    return dict(name=spec) if isinstance(spec, str) else dict(spec)
 
 
 class _Spent:

@@ -43,8 +43,12 @@ def _read(path: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in files.match(path):
         with files.open(name) as lines:
-            for line in lines:
-                group = [word.strip() for word in re.split(r"[,\t]", line.decode()) if word.strip()]
+            for number, line in enumerate(lines, 1):
+                try:
+                    parts = re.split(r"[,\t]", line.decode())
+                except UnicodeDecodeError as e:
+                    raise Mistake(f"eda: synonyms={path}: {name}, line {number} is not UTF-8 ({e})") from None
+                group = [word.strip() for word in parts if word.strip()]
                 for word in group:
                     known = found.setdefault(word.lower(), [])
                     known += [other for other in group if other.lower() != word.lower() and other not in known]

@@ -5,7 +5,8 @@
     clean("Hm")                  Outcome(None, (..., Step("length", "dropped", {"too few words": 1}, ...)))
 
 A file's `rule(*, ...)` spends the keys of its config entry and returns a pure, picklable function of a text, which
-answers with the text (perhaps changed), with `Changed` (and what was changed how often), or with `Dropped`. A filter
+answers with the text (perhaps changed), with `Changed` (and what was changed how often), or with `Dropped`. The package
+whose rules it applies, if any, is its LIBRARY: its version is kept in the store's manifest. A filter
 of one's own is a function named by its dotted name, `filter(text, *, ...)`; it may also answer True (kept) or False.
 
 A document that is longer than `jaxlm.data.sources.PIECE` comes in pieces: each is a text of its own to every rule.
@@ -17,6 +18,7 @@ import dataclasses
 from functools import partial
 import hashlib
 import importlib
+from importlib import metadata
 import inspect
 import pickle
 from typing import Any, NamedTuple
@@ -97,6 +99,12 @@ class Cleaner:
             recipe.append(dict(name=name, **resolved))
         return cls(tuple(rules), tuple(recipe))
 
+    @property
+    def libraries(self) -> dict[str, str]:
+        """The libraries whose rules are used, and their versions: with another one, the outcome may be another."""
+        modules = [lookup.module(__name__, rule["name"]) for rule in self.recipe if "." not in rule["name"]]
+        return {m.LIBRARY: metadata.version(m.LIBRARY) for m in modules if hasattr(m, "LIBRARY")}
+
     def then(self, label: str, rule: Rule) -> "Cleaner":
         """One more rule at the end, which is no part of the recipe."""
         return dataclasses.replace(self, rules=(*self.rules, (label, rule)))
@@ -126,7 +134,14 @@ class Cleaner:
 
 
 def _apply(label: str, rule: Rule, text: str) -> tuple[Step, str | None]:
-    answer = rule(text)
+    try:
+        answer = rule(text)
+    except Mistake:
+        raise
+    except Exception as e:
+        raise Mistake(
+            f"{WHERE}: {label} failed with {type(e).__name__} ({e}) at the document that begins {text[:80]!r}"
+        ) from e
     if isinstance(answer, bool):  # a filter of one's own
         answer = text if answer else Dropped("unwanted")
     why = {}

@@ -1,6 +1,7 @@
 """The main text of web pages, without mark-up, menus, advertisements and other boilerplate, by trafilatura.
 
-Text without HTML tags stays as it is. `pip install "jaxlm[html]"`.
+Text that is no page stays as it is, also where it speaks of tags: a page, or a part of one, begins with one of them and
+closes some, or ends with </body> or </html>. `pip install "jaxlm[html]"`.
 """
 
 from functools import partial
@@ -11,7 +12,12 @@ from typing import Any
 from jaxlm.data.cleaning import Dropped, Rule
 from jaxlm.lookup import Mistake, key
 
-PAGE = re.compile(r"<(?:!doctype|html|head|body|div|article|section|main|table|p|span)\b[^<]*>", re.IGNORECASE)
+LIBRARY = "trafilatura"
+PAGE = re.compile(
+    r"\ufeff?\s*<(?:!--|(?:!doctype|\?xml|html|head|body|title|meta|script|style|div|article|section|main|header|nav|table|"
+    r"ul|ol|h[1-6]|p|span)\b).*</\w+\s*>|.*</(?:html|body)\s*>\s*\Z",
+    re.IGNORECASE | re.DOTALL,
+)
 FAVOURS = dict(balance={}, precision=dict(favor_precision=True), recall=dict(favor_recall=True))
 
 
@@ -29,6 +35,6 @@ def rule(*, favour: str = "balance", tables: bool = True, comments: bool = False
 def _rule(text: str, options: dict[str, Any]) -> str | Dropped:
     import trafilatura
 
-    if not PAGE.search(text):
+    if not PAGE.match(text):
         return text
     return trafilatura.extract(text, **options) or Dropped("no main text")

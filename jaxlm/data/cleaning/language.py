@@ -11,6 +11,8 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from jaxlm.data.cleaning import Dropped, Rule
 from jaxlm.lookup import Mistake, key
 
+LIBRARY = "py3langid"
+
 
 def rule(*, keep: Sequence[str], confidence: float = 0.5, characters: int = 2_000) -> Rule:
     """`keep` lists languages by their ISO 639 codes; the best one must have a probability of `confidence` at least,

@@ -1,6 +1,7 @@
 """Personal data become tokens: <EMAIL>, <PHONE>, <IP>, <CARD>, in a way that leaves code and version numbers alone.
 
-    e-mail    name@host.tld; no name of a file (icon@2x.png), no git remote (git@host:path)
+    e-mail    name@host.tld, in any script, also before a port; no name of a file (icon@2x.png), no git remote
+              (git@host:path)
     card      14 to 19 digits in the issuers' ranges (ISO/IEC 7812) whose Luhn checksum holds
     ip        IPv4 and IPv6 addresses that are routed in the Internet; not 127.0.0.1, 192.168.0.1, "version 1.2.3.4"
     phone     international ("+44 20 7946 0958") and North American ("(212) 555-0123"); other national forms look like
@@ -18,8 +19,9 @@ import re
 from jaxlm.data.cleaning import Changed, Rule
 
 EMAIL = re.compile(
-    r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]{0,62}[\w+%-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+"
-    r"[A-Za-z]{2,24}(?![\w@-]|:[\w/~]|\.\w)"
+    r"(?<![\w.+%-])[^\W_](?:[\w.+%-]{0,62}[\w+%-])?@(?:[^\W_](?:(?:[^\W_]|-){0,61}[^\W_])?\.)+"
+    r"(?:[A-Za-z]{2,24}(?![\w-])|[A-Za-z]{2,24}(?=[\u2e80-\uffff])|[^\W\d_A-Za-z]{2,24}(?![\w-]))"
+    r"(?!@|:(?!\d{1,5}(?![\w.-]))[\w/~]|\.\w)"
 )
 CARD = re.compile(r"(?<![\w.,+-])(?<!\d[ ])[2-6]\d{3}(?:[ -]?\d){10,15}(?![\w-]|[.,]\d|[ ]\d)")
 ISSUERS = (  # the first digits, and how many digits in all
@@ -37,7 +39,7 @@ VERSION = re.compile(
 )
 PHONE = re.compile(
     r"(?<![\w.+*/=-])(?:\+[1-9](?:[ .-]?\(?\d{1,4}\)?){3,7}"
-    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[.-]\d{4})(?![\w]|[.-]\w)"
+    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[ .-]|[2-9]\d\d[.-][2-9]\d\d[.-])\d{4})(?![\w]|[.-]\w)"
 )
 FILES = "avif bmp css gif html ico jpeg jpg js json md path pdf php png py service slice socket svg timer ts txt webp"
 

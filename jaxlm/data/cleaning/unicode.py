@@ -12,6 +12,7 @@ import ftfy
 from jaxlm.data.cleaning import Rule
 from jaxlm.lookup import key
 
+LIBRARY = "ftfy"
 PLAIN = re.compile(r"[\t\n -%'-~]*")  # nothing here to repair: ASCII without "&" and control characters
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 

@@ -16,6 +16,7 @@ that a `name=` follows, so that "?" and every other sign may stand in a path; va
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import functools
 import re
 from typing import NamedTuple
 
@@ -50,11 +51,16 @@ class Source:
     """Where documents come from; it can be read again and again, and gives the same every time."""
 
     documents: Callable[[Report], Iterator[Document]]
-    inputs: Mapping[str, str | int]  # identifies what is read, so that a change is noticed
+    identity: Callable[[], Mapping[str, str | int]]  # identifies what is read, so that a change is noticed
     size: int | None = None  # UTF-8 bytes to come, roughly, where that is known beforehand
     licence: str | None = None
     on_error: str = "raise"
     by_file: bool = False  # whether its path names files that can be read one by one, on several machines
+
+    @functools.cached_property
+    def inputs(self) -> Mapping[str, str | int]:
+        """What identifies the text; the first time its files may be read for it."""
+        return self.identity()
 
     def read(self, tally: Counter[str] | None = None) -> Iterator[Document]:
         """Yield the documents; raises `Mistake` at text that cannot be read, unless on_error=skip.

@@ -9,6 +9,7 @@ Nothing is kept on disk. It needs the extra hf; no data set's own code is run.
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from etils import epath
 
 from jaxlm.data import files
 from jaxlm.data.records import Text, documents
-from jaxlm.data.sources import Document, Report, Source
+from jaxlm.data.sources import Document, Fault, Report, Source
 from jaxlm.lookup import Mistake
 
 TIMEOUT = 10  # seconds for the Hub to answer whether it has the data set
@@ -37,12 +38,12 @@ def source(
         raise Mistake(f"the source hf: needs the extra hf: pip install 'jaxlm[hf]' ({e})") from e
     if Path(name).is_dir():
         found = [epath.Path(file) for file in sorted(Path(name).rglob("*")) if file.is_file()]
-        name, inputs, commit = str(Path(name).absolute()), files.inputs(found), None
+        name, identity, commit = str(Path(name).absolute()), partial(files.inputs, found), None
     else:
         if name.count("/") == 2 and config is None:
             name, _, config = name.rpartition("/")
         commit = _commit(name, revision, path)
-        inputs = dict(revision=commit)
+        identity = partial(dict, revision=commit)
     try:
         rows: Any = datasets.load_dataset(name, config, split=split, streaming=True, revision=commit)
     except Exception as e:  # of many kinds: unknown configuration or split, files of no known format
@@ -51,7 +52,7 @@ def source(
     if rows.column_names:  # unknown where nothing but reading would tell
         text.check(f"hf:{path}: the data set", rows.column_names)
         rows = rows.select_columns(text.columns)  # pictures and sound need not be decoded
-    return Source(partial(_documents, rows, path, text), inputs)
+    return Source(partial(_documents, rows, path, text, commit is not None), identity)
 
 
 def _commit(name: str, revision: str | None, path: str) -> str:
@@ -68,10 +69,22 @@ def _commit(name: str, revision: str | None, path: str) -> str:
         raise Mistake(f"hf:{path}: no such folder here, and the Hugging Face Hub cannot be asked ({e})") from e
 
 
-def _documents(rows: Any, path: str, text: Text, report: Report) -> Iterator[Document]:
-    yield from documents(_numbered(rows, path), text, report)
+def _documents(rows: Any, path: str, text: Text, hub: bool, report: Report) -> Iterator[Document]:
+    yield from documents(_numbered(rows, path, hub, report), text, report)
 
 
-def _numbered(rows: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, row in enumerate(rows):
+def _numbered(rows: Any, path: str, hub: bool, report: Report) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each example with where it stands. Nothing can be read behind one that the library fails at."""
+    examples = iter(rows)
+    for number in itertools.count():
+        try:
+            row = next(examples)
+        except StopIteration:
+            return
+        except Exception as e:  # of many kinds: text that is no JSON, damaged files, the network
+            line = next(iter(str(e).splitlines()), type(e).__name__)
+            why = f"hf:{path}: example {number} and what follows cannot be read ({line})"
+            if hub and not isinstance(e, ValueError):  # a bad connection must not cost the rest
+                raise Mistake(f"{why}; the same command goes on from where it was") from e
+            return report(Fault("unreadable rest", why))
         yield f"hf:{path}, example {number}", row

@@ -16,7 +16,7 @@ def source(path: str, *, field: str | None = None, template: str | None = None) 
     """Files of JSON objects, one a line; blank lines are passed over."""
     text = Text(field, template)
     names = files.match(path)
-    return Source(partial(_documents, names, text), files.inputs(names), files.plain_size(names), by_file=True)
+    return Source(partial(_documents, names, text), partial(files.inputs, names), files.plain_size(names), by_file=True)
 
 
 def _documents(names: list[epath.Path], text: Text, report: Report) -> Iterator[Document]:

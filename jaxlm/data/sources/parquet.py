@@ -18,7 +18,7 @@ ROWS = 1024  # in one batch
 def source(path: str, *, field: str | None = None, template: str | None = None) -> Source:
     """Parquet files; only the columns that the text is made from are read."""
     text, names = Text(field, template), files.match(path)
-    return Source(partial(_documents, names, text), files.inputs(names), by_file=True)
+    return Source(partial(_documents, names, text), partial(files.inputs, names), by_file=True)
 
 
 def _documents(names: list[epath.Path], text: Text, report: Report) -> Iterator[Document]:

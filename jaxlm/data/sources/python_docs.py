@@ -17,7 +17,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 def source(path: str = "") -> Source:
     """The documentation of the Python that runs."""
-    return Source(_documents, python_source.inputs(), licence=python_source.LICENCE)
+    return Source(_documents, python_source.inputs, licence=python_source.LICENCE)
 
 
 def _documents(report: Report) -> Iterator[Document]:

@@ -15,7 +15,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 
 def source(path: str = "") -> Source:
     """The standard library of the Python that runs."""
-    return Source(_documents, inputs(), licence=LICENCE)
+    return Source(_documents, inputs, licence=LICENCE)
 
 
 def inputs() -> dict[str, str | int]:

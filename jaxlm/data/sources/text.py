@@ -15,7 +15,7 @@ def source(path: str, *, documents: str = "file") -> Source:
     """Files of UTF-8 text. Line ends inside a document stay as they are; the one that ends a line or paragraph goes."""
     read = lookup.key("text: documents", documents, dict(file=_by_file, line=_by_line, blank=_by_paragraph))
     names = files.match(path)
-    return Source(partial(read, names), files.inputs(names), files.plain_size(names), by_file=True)
+    return Source(partial(read, names), partial(files.inputs, names), files.plain_size(names), by_file=True)
 
 
 def _by_file(names: list[epath.Path], report: Report) -> Iterator[Document]:

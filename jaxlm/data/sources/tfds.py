@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 from jaxlm.data.records import Text, documents
-from jaxlm.data.sources import Document, Report, Source
+from jaxlm.data.sources import Document, Fault, Report, Source
 from jaxlm.lookup import Mistake
 
 
@@ -30,15 +30,21 @@ def source(path: str, *, field: str | None = None, template: str | None = None, 
     except Exception as e:  # of many kinds: unknown name, split, folder, file format
         where, why = data_dir or "its default folder", str(e).splitlines()[0]
         raise Mistake(f"tfds cannot open {name!r}, split {split!r}, in {where}: {why}") from e
-    text.check(f"tfds:{path}: the data set", rows[0])
+    text.check(f"tfds:{path}: the data set", rows.dataset_info.features or {})
     inputs = dict(documents=len(rows), version=str(rows.dataset_info.version))
-    return Source(partial(_documents, rows, path, text), inputs)
+    return Source(partial(_documents, rows, path, text), lambda: inputs)
 
 
 def _documents(rows: Any, path: str, text: Text, report: Report) -> Iterator[Document]:
-    yield from documents(_rows(rows, path), text, report)
+    yield from documents(_rows(rows, path, report), text, report)
 
 
-def _rows(rows: Any, path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+def _rows(rows: Any, path: str, report: Report) -> Iterator[tuple[str, Mapping[str, object]]]:
     for number in range(len(rows)):
-        yield f"tfds:{path}, example {number}", rows[number]
+        where = f"tfds:{path}, example {number}"
+        try:
+            row = rows[number]
+        except Exception as e:  # of many kinds: a damaged file, a feature that cannot be decoded
+            report(Fault("unreadable", f"{where} cannot be read ({next(iter(str(e).splitlines()), type(e).__name__)})"))
+        else:
+            yield where, row

@@ -8,7 +8,7 @@
 `Tokenizer` says what each of them offers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import hashlib
 import itertools
 import json
@@ -16,6 +16,7 @@ import re
 from typing import Any, Protocol
 
 from etils import epath
+import numpy as np
 
 from jaxlm import lookup
 from jaxlm.data.cut import cut
@@ -63,6 +64,10 @@ class Tokenizer(Protocol):
 
         What is a part of a character alone is written as "�".
         """
+        ...
+
+    def size(self, token: int) -> int:
+        """UTF-8 bytes of the text that a token stands for where a text begins with it; 0 for specials."""
         ...
 
     def save(self, folder: epath.PathLike) -> None:
@@ -148,8 +153,18 @@ class Named:
     def pieces(self) -> list[str]:
         return self._plain.pieces()
 
+    def size(self, token: int) -> int:
+        return self._plain.size(token)
+
     def save(self, folder: epath.PathLike) -> None:
         self._plain.save(folder)
+
+
+def predicted_bytes(tokenizer: Tokenizer, document: Sequence[int] | np.ndarray, size: int) -> int:
+    """Of the `size` bytes of a document's text, those that a model is asked for: with a bos before them all of them;
+    without one the first token is given, and what it stands for is no part of the sum.
+    """
+    return size if tokenizer.add_bos or not len(document) else max(0, size - tokenizer.size(int(document[0])))
 
 
 def sample(texts: Iterable[str], characters: int) -> list[str]:

@@ -31,6 +31,9 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         return [chr(i) if i < 128 else "\ufffd" for i in range(256)] + [""] * len(self.specials)
 
+    def size(self, token: int) -> int:
+        return int(token < 256)
+
     def save(self, folder: epath.PathLike) -> None:
         tokenizers.save(self, folder, "bytes", {}, extra=list(self.specials)[3:])
 

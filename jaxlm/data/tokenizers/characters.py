@@ -51,6 +51,9 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         return [*self._alphabet, *[""] * len(self.specials)]
 
+    def size(self, token: int) -> int:
+        return len(self.decode([token]).encode())
+
     def save(self, folder: epath.PathLike) -> None:
         files = {CHARACTERS: json.dumps(self._alphabet, ensure_ascii=False).encode()}
         tokenizers.save(self, folder, "characters", files, unknown=self._unknown, extra=list(self.specials))

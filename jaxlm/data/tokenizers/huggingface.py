@@ -9,6 +9,7 @@ A special's name inside a text is text: no document can smuggle in an end of tex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 import json
+import re
 
 from etils import epath
 import tokenizers as hf
@@ -18,6 +19,7 @@ from jaxlm.lookup import Mistake, key
 
 FILE = "tokenizer.json"
 LIMIT = 1000  # characters of their own in a WordPiece vocabulary; rarer ones are unknown
+BYTES = frozenset(hf.pre_tokenizers.ByteLevel.alphabet())  # how byte-level BPE spells each byte
 USUAL = dict(  # by these names when a tokenizer.json comes alone
     bos=("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|endoftext|>"),
     eos=("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|endoftext|>"),
@@ -43,6 +45,7 @@ class Tokenizer:
         self.bos, self.eos, self.pad = map(self._special, (bos, eos, pad))
         self.add_bos, self.add_eos = add_bos and self.bos is not None, add_eos and self.eos is not None
         self.fingerprint = tokenizers.fingerprint(*self._state)
+        self._bytewise = "ByteLevel" in repr(self._tokenizer.decoder)
 
     def __reduce__(self):
         return Tokenizer, self._state
@@ -66,7 +69,7 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         whole, special = json.loads(self._state[0]), set(self.specials.values())
         inside = whole["model"].get("continuing_subword_prefix") if whole["model"]["type"] == "WordPiece" else None
-        bytewise = hf.decoders.ByteLevel() if "ByteLevel" in json.dumps(whole.get("decoder")) else None
+        bytewise = hf.decoders.ByteLevel() if self._bytewise else None
 
         def text(i: int) -> str:
             token = self._tokenizer.id_to_token(i) or ""
@@ -77,6 +80,15 @@ class Tokenizer:
             return bytewise.decode([token]) if bytewise else token.replace("\u2581", " ")
 
         return [text(i) for i in range(self.vocab)]
+
+    def size(self, token: int) -> int:
+        piece = self._tokenizer.id_to_token(token) or ""
+        if token not in self.specials.values():
+            if self._bytewise and BYTES.issuperset(piece):  # a sign for each byte, also of half a character
+                return len(piece)
+            if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                return 1
+        return len(self.decode([token]).encode())
 
     def save(self, folder: epath.PathLike) -> None:
         content, *names = self._state

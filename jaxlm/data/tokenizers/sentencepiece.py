@@ -71,6 +71,11 @@ class Tokenizer:
 
         return [text(i) for i in range(self.vocab)]
 
+    def size(self, token: int) -> int:
+        if token in self.specials.values():
+            return 0
+        return 1 if self._processor.is_byte(token) else len(self.decode([token]).encode())
+
     def save(self, folder: epath.PathLike) -> None:
         files = {MODEL: self._model}
         tokenizers.save(self, folder, "sentencepiece", files, add_bos=self.add_bos, add_eos=self.add_eos)
