@@ -261,7 +261,7 @@ class LM:
         stop = [stop] if isinstance(stop, str) else list(stop)
         alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer))
         texts: list[Any] = [prompts] if alone else [*prompts]
-        tokens = [self._prompt(text) for text in texts]
+        tokens = [self.prompt(text) for text in texts]
         in_ids = any(not isinstance(text, str) for text in texts)
         if in_ids and (stop or stream or any(isinstance(text, str) for text in texts)):
             raise Mistake("prompts are all texts or all token ids; stop strings and stream are for texts")
@@ -310,7 +310,8 @@ class LM:
             raise Mistake(f"forced_bos={token} is for encoder-decoders; a decoder's belongs at the end of its prompt")
         return token
 
-    def _prompt(self, text: str | Sequence[int]) -> list[int]:
+    def prompt(self, text: str | Sequence[int]) -> list[int]:
+        """The token ids of a prompt. Raises `Mistake` for one that is empty, no text, or too long for the context."""
         context, vocab = self.blueprint.config.context, self.blueprint.config.vocab
         pair = self.blueprint.kind == "encoder-decoder"
         if isinstance(text, str) and pair:

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 import difflib
 import importlib
 import inspect
+import math
+import numbers
 import pkgutil
-from types import ModuleType
+from types import ModuleType, NoneType, UnionType
+import typing
 from typing import Any
 
 
@@ -50,8 +53,8 @@ def key(where: str, name: str, table: Mapping[str, Any]) -> Any:
 def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: Any, **more: Any) -> Any:
     """Call `fn(*given, **more, **section)`, where `section` is a part of the config named `where`.
 
-    Raises `Mistake` for a key that `fn` does not take (with the nearest spelling) and for a required one that is
-    missing, so that every key in a config is either used or refused.
+    Raises `Mistake` for a key that `fn` does not take (with the nearest spelling), for a required one that is missing,
+    and for a value that is not of the type that `fn` says, so that every key in a config is either used or refused.
     """
     parameters = list(inspect.signature(fn).parameters.values())[len(given) :]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in more]
@@ -62,7 +65,42 @@ def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: A
     if missing:
         takes = ", ".join(p.name for p in named)
         raise Mistake(f"{where} needs {', '.join(map(repr, missing))}; it takes: {takes}")
+    for p in named:
+        if p.name in section:
+            _typed(f"{where}.{p.name}", section[p.name], p.annotation)
     return fn(*given, **more, **section)
+
+
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # what an annotation takes; any other is left to who is called
+    bool: ((bool,), "True or False"),
+    int: ((numbers.Integral,), "a whole number"),
+    float: ((numbers.Real,), "a number"),
+    str: ((str,), "a text"),
+    list: ((list, tuple), "a list"),
+    Mapping: ((Mapping,), "a section"),
+    NoneType: ((NoneType,), "None"),
+}
+
+
+def _typed(name: str, value: Any, annotation: Any) -> None:
+    """Raise `Mistake` for a value that is of none of the types in an annotation; True is no number."""
+    several = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds = [typing.get_origin(kind) or kind for kind in several]
+    if all(kind in KINDS for kind in kinds):
+        possible = [bool] if isinstance(value, bool) else kinds
+        if not any(kind in kinds and isinstance(value, KINDS[kind][0]) for kind in possible):
+            raise Mistake(f"{name} is {' or '.join(KINDS[kind][1] for kind in kinds)}, not {value!r}")
+
+
+def within(where: str, low: float, high: float = math.inf, **values: float) -> None:
+    """Raise `Mistake` for the first number that is not finite, or not between `low` and `high`; they are in it.
+
+    within("config.optimizer.", 0, clip=-1)     Mistake: config.optimizer.clip=-1 is not 0 or more
+    """
+    for name, value in values.items():
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+            raise Mistake(f"{where}{name}={value} is not {bounds}")
 
 
 def known(where: str, found: Iterable[str], takes: Iterable[str]) -> None:

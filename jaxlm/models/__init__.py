@@ -18,6 +18,9 @@ from jax.sharding import Mesh
 from jaxlm import axes, hf, lookup
 
 Tree = Any  # nested dicts of arrays
+COUNTS = {  # of a family's Config: 1 at least, where other numbers may be 0
+    "vocab", "context", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "experts", "window", "every",
+}  # fmt: skip
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json; left out, they would be a published model's
 
 
@@ -42,7 +45,10 @@ class Blueprint:
             raise lookup.Mistake(f"config.model.name: {module.__name__} is no family that can be trained by steps")
         if "size" in section:
             section = {**lookup.key("config.model.size", section.pop("size"), module.SIZES), **section}
-        config = lookup.spend("config.model", module.Config, {"vocab": vocab, "dtype": dtype, **section})
+        section = {"vocab": vocab, "dtype": dtype, **section}
+        lookup.key("dtype", str(section["dtype"]), hf.DTYPES)
+        _check({field.name: field.default for field in dataclasses.fields(module.Config)} | section)
+        config = lookup.spend("config.model", module.Config, section)
         if config.vocab < vocab:
             raise lookup.Mistake(f"the tokenizer has {vocab} ids, but config.model.vocab is {config.vocab}")
         graph, state = nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0))))
@@ -88,6 +94,19 @@ class Blueprint:
             if (axes.of(axes.name_of(path)) or "").startswith("E"):
                 active -= math.prod(x.shape) * (c.experts - c.chosen) // c.experts
         return 6 * active + (12 * attentions * c.heads * c.head_width * length if hasattr(c, "heads") else 0)
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raise `Mistake` for numbers of a family's Config that cannot be."""
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            lookup.within("config.model.", 1 if name in COUNTS else 0, **{name: value})
+    if isinstance(share := values["dropout"], int | float) and share >= 1:
+        raise lookup.Mistake(f"config.model.dropout={share} leaves nothing; it is a share below 1")
+    heads = [("heads", "kv_heads")] + ([] if "head_width" in values else [("width", "heads")])
+    for whole, part in heads:
+        if isinstance(x := values.get(whole), int) and isinstance(y := values.get(part), int) and x % y:
+            raise lookup.Mistake(f"config.model: {whole}={x} is no multiple of {part}={y}")
 
 
 def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Format]:
