@@ -85,7 +85,7 @@ def train(
             words=Words.of(tokens.tokenizer()), mesh=grid, rules=rules, seed=seed, accumulate=accumulate, ema=ema,
             dtype=dtype,
         )  # fmt: skip
-        named, both_ways = Named(tokens.tokenizer()), task.name == "prefix"
+        named, both_ways = Named(tokens.tokenizer()), objectives.both_ways(objective)
         wanted = lookup.spend("config.samples", Samples, samples) if samples else None
         if wanted:
             wanted.check(LM(blueprint, shapes["params"], named))

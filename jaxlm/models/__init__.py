@@ -120,7 +120,12 @@ def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, A
     for name in lookup.names(__name__):
         forms |= {k: (name, form) for k, form in getattr(lookup.module(__name__, name), "HF", {}).items()}
     name, form = lookup.key("model_type in config.json", kind, forms)
-    return {"name": name, "vocab": config["vocab_size"], **form.read(config, hf.names(folder))}, form
+    try:
+        return {"name": name, "vocab": config["vocab_size"], **form.read(config, hf.names(folder))}, form
+    except KeyError as e:
+        raise lookup.Mistake(f"{folder}/config.json has no {e}, which a {kind} needs") from e
+    except (TypeError, AttributeError, ZeroDivisionError) as e:
+        raise lookup.Mistake(f"{folder}/config.json is not as a {kind} has it: {e}") from e
 
 
 def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any]]:

@@ -76,3 +76,8 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
         example,
         functools.partial(module.loss, **loss),
     )
+
+
+def both_ways(objective: Mapping[str, Any] | None) -> bool:
+    """Whether a decoder learns by `config.objective` to read what stands before its text in both directions."""
+    return (objective or {}).get("name") == "prefix"
