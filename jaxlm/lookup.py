@@ -65,9 +65,7 @@ def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: A
     if missing:
         takes = ", ".join(p.name for p in named)
         raise Mistake(f"{where} needs {', '.join(map(repr, missing))}; it takes: {takes}")
-    for p in named:
-        if p.name in section:
-            _typed(f"{where}.{p.name}", section[p.name], p.annotation)
+    typed(where, fn, section)
     return fn(*given, **more, **section)
 
 
@@ -82,14 +80,20 @@ KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # what an annotation takes; 
 }
 
 
-def _typed(name: str, value: Any, annotation: Any) -> None:
-    """Raise `Mistake` for a value that is of none of the types in an annotation; True is no number."""
-    several = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    kinds = [typing.get_origin(kind) or kind for kind in several]
-    if all(kind in KINDS for kind in kinds):
+def typed(where: str, fn: Callable, section: Mapping[str, Any]) -> None:
+    """Raise `Mistake` for the first value in a section that is of none of the types that `fn` says; True is no number.
+
+    Of an annotation that names others than those in KINDS, every value is taken.
+    """
+    for p in inspect.signature(fn).parameters.values():
+        several = typing.get_args(p.annotation) if isinstance(p.annotation, UnionType) else (p.annotation,)
+        kinds = [typing.get_origin(kind) or kind for kind in several]
+        if p.name not in section or not all(kind in KINDS for kind in kinds):
+            continue
+        value = section[p.name]
         possible = [bool] if isinstance(value, bool) else kinds
         if not any(kind in kinds and isinstance(value, KINDS[kind][0]) for kind in possible):
-            raise Mistake(f"{name} is {' or '.join(KINDS[kind][1] for kind in kinds)}, not {value!r}")
+            raise Mistake(f"{where}.{p.name} is {' or '.join(KINDS[kind][1] for kind in kinds)}, not {value!r}")
 
 
 def within(where: str, low: float, high: float = math.inf, **values: float) -> None:

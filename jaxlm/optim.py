@@ -20,6 +20,7 @@ SCHEDULES: dict[str, Callable] = {
     "cosine": lambda p, d: 0.5 * (1.0 + jnp.cos(jnp.pi * p)),  # arXiv:1608.03983, without restarts
     "wsd": lambda p, d: jnp.minimum(1.0, (1.0 - p) / d),  # warmup, stable, decay: arXiv:2404.06395
 }
+SHARES = ("b1", "b2", "b3", "momentum")  # options of Optax's: how much of a mean a step keeps
 
 
 def learning_rate(
@@ -70,6 +71,10 @@ def optimizer(
         options = {"weight_decay": 0.0, **options}
     if name == "muon":
         options = {"muon_weight_dimension_numbers": muon_dimensions, "consistent_rms": 0.2, **options}
+    shares = {name: options[name] for name in SHARES if isinstance(options.get(name), int | float)}
+    lookup.within("config.optimizer.", 0, 1, **shares)
+    if options.get("mu_dtype") is not None:
+        lookup.key("config.optimizer.mu_dtype", options["mu_dtype"], dict.fromkeys(("float32", "bfloat16", "float16")))
     decays = jax.tree_util.tree_map_with_path(lambda path, _: axes.is_matrix(path), shapes)
     try:
         own_part = make(rate, **options)

@@ -72,7 +72,7 @@ def assemble(
     `dtype="auto"` computes in float32 on a CPU and in bfloat16 elsewhere. Raises `Mistake` for a key or value that is
     not.
     """
-    lookup.within("config.", 1, steps=steps, length=length, accumulate=accumulate)
+    lookup.within("config.", 1, 2**31 - 1, steps=steps, length=length, accumulate=accumulate)  # counted in int32
     lookup.within("config.", 0, 2**32 - 1, seed=seed)
     if not 0 <= ema < 1:
         raise lookup.Mistake(f"config.ema={ema} is the share that a step keeps: 0 (no average) or more, and below 1")

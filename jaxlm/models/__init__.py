@@ -20,6 +20,7 @@ from jaxlm import axes, hf, lookup
 Tree = Any  # nested dicts of arrays
 COUNTS = {  # of a family's Config: 1 at least, where other numbers may be 0
     "vocab", "context", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "experts", "window", "every",
+    "rope_base", "rope_base_local",
 }  # fmt: skip
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json; left out, they would be a published model's
 

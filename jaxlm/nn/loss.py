@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm import axes
+from jaxlm import axes, lookup
 from jaxlm.axes import shaped
 from jaxlm.nn.linear import Head
 
@@ -35,8 +35,11 @@ def cross_entropy(
     """Sums of -log softmax(head(x))[label] over tokens, in float32; `chunk` tokens of each row at a time.
 
     Label smoothing spreads its share evenly over the vocabulary (arXiv:1512.00567, section 7); `z_loss` times the
-    squared log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5).
+    squared log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5). Raises `Mistake` for shares
+    outside 0 to 1 and weights below 0.
     """
+    lookup.within("config.objective.", 0, 1, label_smoothing=label_smoothing)
+    lookup.within("config.objective.", 0, z_loss=z_loss)
     B, T, _ = x_BTD.shape
     V = head.table_VD.shape[0]
     if chunk is None:

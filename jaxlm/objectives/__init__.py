@@ -60,8 +60,11 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
             f"kind {kind}; objectives for it: {', '.join(able)}"
         )
     paired = getattr(module, "pairs", lambda: False)
-    takes = [lookup.keywords(function) for function in (module.row, module.features, module.loss, paired)]
+    functions = (module.row, module.features, module.loss, paired)
+    takes = [lookup.keywords(function) for function in functions]
     lookup.known("config.objective", options, set().union(*takes) - {"kind"})
+    for function in functions:
+        lookup.typed("config.objective", function, options)
     options["kind"] = kind
     row, features, loss, pairs = ({key: options[key] for key in options if key in keys} for keys in takes)
 
