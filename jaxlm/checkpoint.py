@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jaxlm import axes
+from jaxlm import axes, lookup
 from jaxlm.lookup import Mistake
 
 log = logging.getLogger("jaxlm")
@@ -79,8 +79,10 @@ class Checkpoints:
         self, workdir: str, *, newest: int = 2, best: int = 1, metric: str = "loss", mode: str = "min",
         in_flight: int | None = None,
     ):  # fmt: skip
-        if newest < 1 or mode not in ("min", "max"):
-            raise Mistake(f"config.checkpoint: newest={newest} must be at least 1, and mode={mode!r} one of min, max")
+        lookup.within("config.checkpoint.", 1, newest=newest)
+        lookup.within("config.checkpoint.", 0, best=best)
+        lookup.key("config.checkpoint.mode", mode, dict(min=min, max=max))
+        self.metric = metric
         worst = float("inf") if mode == "min" else float("-inf")
         self._score = lambda metrics: metrics.get(metric, worst) if metrics else worst
         self._better = min if mode == "min" else max

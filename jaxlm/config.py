@@ -130,11 +130,24 @@ def write(settings: Mapping[str, Any], workdir: str) -> None:
     (epath.Path(workdir) / "config.json").write_text(json.dumps(settings, indent=1, default=dict) + "\n")
 
 
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `Mistake` where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise Mistake(f"{path} is not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise Mistake(f"{path} holds no JSON object")
+    return found
+
+
 def read(workdir: str) -> ConfigDict:
-    """The config that a workdir was trained with. Raises `Mistake` when the folder is no workdir."""
+    """The config that a workdir was trained with. Raises `Mistake` when the folder is no workdir, or its config is
+    damaged.
+    """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise Mistake(
             f"{workdir} is no workdir: it has no config.json (a workdir is what `jaxlm train --workdir` writes)"
         )
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(read_json(path))

@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 import tokenizers as hf_tokenizers
 
-from jaxlm import axes, check, checkpoint, hf, lookup, marks, models, program
+from jaxlm import axes, check, checkpoint, hf, lookup, marks, models, objectives, program
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizers import Tokenizer, huggingface
@@ -78,6 +78,7 @@ def to_folder(
     """
     lookup.key("--dtype", dtype, hf.DTYPES)
     config = configs.read(str(workdir)).to_dict()
+    lookup.key(f"{workdir}/config.json", "model", config)
     tokenizer = tokenizers.load(epath.Path(workdir) / "tokenizer")
     blueprint = models.Blueprint.of(config["model"], vocab=tokenizer.vocab)
     kind, form, written = models.to_hugging_face(blueprint)
@@ -92,6 +93,12 @@ def to_folder(
         (half / marks.FILE).write_text(json.dumps(how, indent=2) + "\n")
         write_tokenizer(epath.Path(workdir) / "tokenizer", tokenizer, half, blueprint.config.context, blueprint.kind)
     print(f"{destination}: {kind}, {blueprint.size:,} parameters in {dtype}, from step {number}")
+    if blueprint.kind == "decoder" and objectives.both_ways(config.get("objective")):
+        print(
+            "WARNING: the objective `prefix` trained this model to read its prompts in both directions, and a Hugging "
+            f"Face folder of {kind} has no key to say so: from it, transformers and jaxlm read prompts from the left "
+            f"alone, and write worse. Generate from {workdir}"
+        )
 
 
 def write_tokenizer(saved: epath.Path, tokenizer: Tokenizer, folder: epath.Path, context: int, kind: str) -> None:

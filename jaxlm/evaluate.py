@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from jaxlm import config, lm, objectives, program
+from jaxlm import config, lm, lookup, objectives, program
 from jaxlm.data import rows, sources, store
 from jaxlm.data.tokenizers import Tokenizer, predicted_bytes
 from jaxlm.data.words import Words
@@ -158,6 +158,9 @@ def main(argv: list[str]) -> int:
         batch=8,
         step="newest",
     )
+    lookup.within("--", 1, batch=args.batch, limit=1 if args.limit is None else args.limit)
+    if args.json not in (None, "-"):
+        program.output("--json", args.json)
     model = lm.load(args.workdir, step=args.step)
     store = config.read(args.workdir).get("store")
     if not (args.data or store):

@@ -20,6 +20,7 @@ import sys
 from typing import Any
 
 from jaxlm import config, lm, program
+from jaxlm.data.tokenizers import well_formed
 from jaxlm.lookup import Mistake
 
 OPTIONS = {  # those of `LM.generate`, by the same names and with the same defaults; a type where that is None
@@ -37,19 +38,26 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     file = Path(path)
     if not file.is_file():
         raise Mistake(f"--prompts: no file at {path}")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    if file.suffix != ".jsonl":
-        return [dict(prompt=line) for line in lines]
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise Mistake(f"{path}, line {number}: not JSON ({e})") from None
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise Mistake(f'{path}, line {number}: no object with a text in "prompt"')
-        records.append(record)
-    return records
+    lines = file.read_bytes().split(b"\n")  # what else ends lines to Python may stand in a prompt
+    lines = lines if lines[-1] else lines[:-1]
+    return [_record(line.removesuffix(b"\r"), f"{path}, line {n}", file.suffix) for n, line in enumerate(lines, 1)]
+
+
+def _record(line: bytes, where: str, kind: str) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig" if where.endswith(" line 1") else "utf-8")  # the mark of an encoding is no text
+    except UnicodeDecodeError as e:
+        raise Mistake(f"{where}: not UTF-8 ({e.reason} at byte {e.start})") from None
+    if kind != ".jsonl":
+        return dict(prompt=text)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise Mistake(f"{where}: not JSON ({e})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise Mistake(f'{where}: no object with a text in "prompt"')
+    well_formed(where, json.dumps(record, ensure_ascii=False))  # else the answers could not be written
+    return record
 
 
 def answers(model: lm.LM, records: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -68,8 +76,9 @@ def main(argv: list[str]) -> int:
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.prompts is not None and args.prompt is not None:
         raise Mistake("--prompt and --prompts were both given; one of them, please")
-    if args.output and not Path(args.output).parent.is_dir():
-        raise Mistake(f"--output: there is no folder {Path(args.output).parent}")
+    if args.output:
+        program.output("--output", args.output)
+    well_formed("--prompt", args.prompt or "")
     records = [dict(prompt=args.prompt or "")] if args.prompts is None else read_prompts(args.prompts)
     model = lm.load(args.workdir, step=args.step, specials=args.specials)
     if args.prompts is None and not args.output and options["num_return_sequences"] == options["beams"] == 1:

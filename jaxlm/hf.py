@@ -31,6 +31,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxlm import axes
+from jaxlm.config import read_json
 from jaxlm.lookup import Mistake
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -76,14 +77,6 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
     if "model_type" not in config:
         raise Mistake(f"{path} names no model_type, so it is not a config of transformers")
     return config
-
-
-def read_json(path: epath.Path) -> Any:
-    """What a JSON file holds. Raises `Mistake` where it is none."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise Mistake(f"{path} is not JSON: {e}") from None
 
 
 def names(folder: epath.PathLike) -> Set[str]:

@@ -17,10 +17,10 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxlm import axes, checkpoint, hf, lookup, marks, models
+from jaxlm import axes, checkpoint, hf, lookup, marks, models, objectives
 from jaxlm import config as configs
 from jaxlm.data import tokenizers
-from jaxlm.data.tokenizers import Named, Tokenizer
+from jaxlm.data.tokenizers import Named, Tokenizer, well_formed
 from jaxlm.decode.beam import BeamSearch
 from jaxlm.decode.engine import STEPS, Engine, bucket
 from jaxlm.decode.sampling import Sampling
@@ -47,19 +47,15 @@ def load(path: str, *, step: str | int = "newest", dtype: str = "auto", specials
     if hf.is_folder(path):
         return _load_hugging_face(path, dtype, specials)
     config = configs.read(path)
+    known = config.to_dict()
+    lookup.key(f"{path}/config.json", "model", known)
     tokenizer = tokenizers.load(epath.Path(path) / "tokenizer")
     dtype = str(config.get("dtype", "auto")) if dtype == "auto" else dtype
     blueprint = Blueprint.of(config.model, vocab=tokenizer.vocab, dtype=_computed(dtype))
     _, params = checkpoint.restore_params(path, blueprint.shapes, step=step)
-    known = config.to_dict()
     more = dict(ends=known.get("ends", ()), forced=known.get("forced", {}))
     tokenizer = Named(tokenizer) if specials else tokenizer
-    return LM(blueprint, params, tokenizer, config, **more, both_ways=_both_ways(known.get("objective")))
-
-
-def _both_ways(objective: Mapping[str, Any] | None) -> bool:
-    """Whether a decoder has learned to read what stands before its text in both directions."""
-    return (objective or {}).get("name") == "prefix"
+    return LM(blueprint, params, tokenizer, config, **more, both_ways=objectives.both_ways(known.get("objective")))
 
 
 def _load_hugging_face(folder: str, dtype: str, specials: bool) -> "LM":
@@ -214,7 +210,7 @@ class LM:
         """
         tok = self.tokenizer
         before, after = [tok.bos] if tok.add_bos else [], [tok.eos] if tok.add_eos else []
-        return np.array([*before, *tok.encode(text), *after], np.int32)
+        return np.array([*before, *tok.encode(well_formed("the text", text)), *after], np.int32)
 
     @spelled
     def score(
@@ -262,7 +258,7 @@ class LM:
         stop = [stop] if isinstance(stop, str) else list(stop)
         alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer))
         texts: list[Any] = [prompts] if alone else [*prompts]
-        tokens = [self._prompt(text) for text in texts]
+        tokens = [self.prompt(text) for text in texts]
         in_ids = any(not isinstance(text, str) for text in texts)
         if in_ids and (stop or stream or any(isinstance(text, str) for text in texts)):
             raise Mistake("prompts are all texts or all token ids; stop strings and stream are for texts")
@@ -311,14 +307,15 @@ class LM:
             raise Mistake(f"forced_bos={token} is for encoder-decoders; a decoder's belongs at the end of its prompt")
         return token
 
-    def _prompt(self, text: str | Sequence[int]) -> list[int]:
+    def prompt(self, text: str | Sequence[int]) -> list[int]:
+        """The token ids of a prompt. Raises `Mistake` for one that is empty, no text, or too long for the context."""
         context, vocab = self.blueprint.config.context, self.blueprint.config.vocab
         pair = self.blueprint.kind == "encoder-decoder"
         if isinstance(text, str) and pair:
             tokens = self.document(text).tolist()
         elif isinstance(text, str):
             tok = self.tokenizer
-            tokens = tok.encode(text)
+            tokens = tok.encode(well_formed("the prompt", text))
             if tok.bos is not None and (tok.add_bos or not tokens):
                 tokens = [tok.bos, *tokens]
         else:
@@ -344,20 +341,20 @@ def _searched(beams: int, copies: int, **drawn: float) -> None:
         raise Mistake(f"beams={beams} finds as many texts, the likeliest, so {faults[0]} cannot be")
 
 
-def _whole(ids: Ids, what: str) -> np.ndarray:
+def _whole(ids: Ids, what: str, kinds: str = "iu") -> np.ndarray:
     """Whole numbers [B, T]."""
     try:
         array = np.atleast_2d(np.asarray(ids))
     except ValueError:
         raise Mistake(f"{what}: rows of one length; pad them and give a mask, or call once for each") from None
-    if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
+    if array.ndim != 2 or not array.size or array.dtype.kind not in kinds:
         raise Mistake(f"{what}: whole numbers, one at least, in one row or in rows of one length")
     return array.astype(np.int32)
 
 
 def _like(tokens_BT: np.ndarray, values: Ids, rule: str, below: int) -> np.ndarray:
-    """Whole numbers, one for each token."""
-    array = _whole(values, rule)
+    """Whole numbers, or booleans for 1 and 0, one for each token."""
+    array = _whole(values, rule, "iub")
     if array.shape != tokens_BT.shape or array.min() < 0 or array.max() >= below:
         raise Mistake(f"{rule}, one for each of {tokens_BT.shape} tokens; this has {array.shape} up to {array.max()}")
     return array

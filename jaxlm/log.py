@@ -25,14 +25,16 @@ from jaxlm.program import is_disk_full
 
 
 def lines(workdir: str) -> list[dict[str, Any]]:
-    """The metrics of a run so far; a last line that a kill cut short is left out."""
+    """The metrics of a run so far; a last line that a kill cut short is left out, and what else is damaged."""
     path = Path(workdir) / "metrics.jsonl"
     out = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(found, dict) and all(isinstance(found.get(key), int | float) for key in ("step", "time")):
+            out.append(found)
     return out
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import difflib
 import importlib
 import inspect
-from numbers import Integral, Real
+import math
+import numbers
 import pkgutil
 from types import ModuleType, NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+import typing
+from typing import Any
 
 
 class Mistake(ValueError):
@@ -52,7 +54,7 @@ def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: A
     """Call `fn(*given, **more, **section)`, where `section` is a part of the config named `where`.
 
     Raises `Mistake` for a key that `fn` does not take (with the nearest spelling), for a required one that is missing,
-    and for a value of another type than `fn` says, so that every key in a config is either used or refused.
+    and for a value that is not of the type that `fn` says, so that every key in a config is either used or refused.
     """
     parameters = list(inspect.signature(fn).parameters.values())[len(given) :]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in more]
@@ -63,22 +65,29 @@ def spend(where: str, fn: Callable, section: Mapping[str, Any] | None, *given: A
     if missing:
         takes = ", ".join(p.name for p in named)
         raise Mistake(f"{where} needs {', '.join(map(repr, missing))}; it takes: {takes}")
-    for p in named:
-        if p.name in section and not _is(section[p.name], p.annotation):
-            raise Mistake(f"{where}.{p.name}={section[p.name]!r} should be {_words(p.annotation)}")
+    typed(where, fn, section)
     return fn(*given, **more, **section)
 
 
+def typed(where: str, fn: Callable, section: Mapping[str, Any]) -> None:
+    """Raise `Mistake` for the first value in a section that is of none of the types that `fn` says; True is no number.
+
+    An annotation that is not made of plain types takes every value.
+    """
+    for p in inspect.signature(fn).parameters.values():
+        if p.name in section and not _is(section[p.name], p.annotation):
+            raise Mistake(f"{where}.{p.name} is {_words(p.annotation)}, not {section[p.name]!r}")
+
+
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of the type of an annotation, as far as that is made of plain types; else it may be."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
         return any(_is(value, one) for one in inner)
     if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
     if kind in (None, NoneType):
         return value is None
-    if origin is Sequence:
+    if origin in (list, Sequence):
         return isinstance(value, list | tuple) and all(_is(one, inner[0]) for one in value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(_is(one, inner[1]) for one in value.values())
@@ -86,14 +95,24 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _words(kind: Any) -> str:
-    """The type of an annotation in words."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
         return " or ".join(map(_words, inner))
-    if origin is Sequence:
+    if origin in (list, Sequence):
         return f"a list, each {_words(inner[0])}"
     plain = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"}
-    return plain.get(kind, "a dict" if origin is Mapping else str(kind))
+    return plain.get(kind, "a section" if origin is Mapping else str(kind))
+
+
+def within(where: str, low: float, high: float = math.inf, **values: float) -> None:
+    """Raise `Mistake` for the first number that is not finite, or not between `low` and `high`; they are in it.
+
+    within("config.optimizer.", 0, clip=-1)     Mistake: config.optimizer.clip=-1 is not 0 or more
+    """
+    for name, value in values.items():
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+            raise Mistake(f"{where}{name}={value} is not {bounds}")
 
 
 def known(where: str, found: Iterable[str], takes: Iterable[str]) -> None:

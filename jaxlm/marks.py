@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from jaxlm import hf
+from jaxlm.config import read_json
 
 FILE = "generation_config.json"
 
@@ -25,7 +26,7 @@ class Marks(NamedTuple):
 def read(folder: epath.PathLike) -> Marks:
     """The marks of a Hugging Face folder: generation_config.json's, else config.json's."""
     config, path = hf.read_config(folder), epath.Path(folder) / FILE
-    given = hf.read_json(path) if path.exists() else config
+    given = read_json(path) if path.exists() else config
     ends = next((found["eos_token_id"] for found in (given, config) if found.get("eos_token_id") is not None), [])
     forced: dict[str, Any] = {}
     if config.get("is_encoder_decoder"):  # where there are both files, config.json's are not in force

@@ -20,6 +20,7 @@ SCHEDULES: dict[str, Callable] = {
     "cosine": lambda p, d: 0.5 * (1.0 + jnp.cos(jnp.pi * p)),  # arXiv:1608.03983, without restarts
     "wsd": lambda p, d: jnp.minimum(1.0, (1.0 - p) / d),  # warmup, stable, decay: arXiv:2404.06395
 }
+SHARES = ("b1", "b2", "b3", "momentum")  # options of Optax's: how much of a mean a step keeps
 
 
 def learning_rate(
@@ -33,6 +34,9 @@ def learning_rate(
         shape = lookup.key("config.optimizer.schedule", name, SCHEDULES | {"rsqrt": None})
     if not 0 <= warmup <= steps:
         raise lookup.Mistake(f"config.optimizer.warmup={warmup} is not between 0 and config.steps={steps}")
+    lookup.within("config.optimizer.", 0, lr=lr)
+    lookup.within("config.optimizer.", 0, 1, final=final)
+    lookup.within("config.optimizer.", 1e-6, 1, decay=decay)
 
     def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -56,8 +60,9 @@ def optimizer(
     `name` is any optimiser of Optax that takes a learning rate, and `options` are its own keywords. Weight decay is
     decoupled for all of them: each step takes lr x weight_decay x the parameter off matrices and embeddings, nothing
     off vectors and norms. Muon turns the matrices; embeddings and vectors get Adam. Raises `Mistake` for an unknown
-    name or option.
+    name or option, and for values that cannot be.
     """
+    lookup.within("config.optimizer.", 0, weight_decay=weight_decay, clip=clip)
     make = lookup.key("config.optimizer.name", name, _optimizers())
     own = set(inspect.signature(make).parameters) - {"learning_rate", "mask", "weight_decay_mask"}
     lookup.known("config.optimizer", options, own | lookup.keywords(optimizer) - {"steps"})
@@ -66,10 +71,19 @@ def optimizer(
         options = {"weight_decay": 0.0, **options}
     if name == "muon":
         options = {"muon_weight_dimension_numbers": muon_dimensions, "consistent_rms": 0.2, **options}
+    shares = {name: options[name] for name in SHARES if isinstance(options.get(name), int | float)}
+    lookup.within("config.optimizer.", 0, 1, **shares)
+    if options.get("mu_dtype") is not None:
+        lookup.key("config.optimizer.mu_dtype", options["mu_dtype"], dict.fromkeys(("float32", "bfloat16", "float16")))
     decays = jax.tree_util.tree_map_with_path(lambda path, _: axes.is_matrix(path), shapes)
+    try:
+        own_part = make(rate, **options)
+        jax.eval_shape(lambda params: own_part.update(params, own_part.init(params), params), shapes)
+    except (TypeError, ValueError, AssertionError) as e:
+        raise lookup.Mistake(f"config.optimizer: Optax's {name} with {options} fails: {e}") from e
     parts = [
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        make(rate, **options),
+        own_part,
         optax.add_decayed_weights(lambda step: -weight_decay * rate(step), decays)
         if weight_decay
         else optax.identity(),

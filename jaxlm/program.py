@@ -57,6 +57,20 @@ def run(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] 
         os._exit(2)  # not sys.exit: threads of Orbax and TensorBoard that still write would only add tracebacks
 
 
+def output(flag: str, path: str) -> None:
+    """Raise `Mistake` where no file can be written at `path`, before the work that it is to hold."""
+    place = Path(path)
+    fault = None
+    if place.is_dir():
+        fault = "it is a folder; name a file in it"
+    elif not place.parent.is_dir():
+        fault = f"there is no folder {place.parent}"
+    elif not os.access(place if place.exists() else place.parent, os.W_OK):
+        fault = "it may not be written"
+    if fault:
+        raise Mistake(f"{flag}={path}: {fault}")
+
+
 def is_disk_full(e: BaseException | None) -> bool:
     """Whether an exception, or one that it came from, says that no space is left (TensorStore says so in words)."""
     seen: set[int] = set()

@@ -95,9 +95,9 @@ def _read(workdir: str) -> Run:
         train=[train[step] for step in sorted(train)],
         evals={name: [rows[step] for step in sorted(rows)] for name, rows in sorted(evals.items())},
         samples=samples,
-        summary=_object(folder / "summary.json"),
-        config=_object(folder / "config.json"),
-        command=command.read_text().strip() if command.exists() else "",
+        summary=read_object(folder / "summary.json"),
+        config=read_object(folder / "config.json"),
+        command=command.read_bytes().decode(errors="replace").strip() if command.exists() else "",
         unread=unread_metrics + unread_samples,
     )
 
@@ -109,7 +109,9 @@ def _lines(path: epath.Path) -> tuple[list[dict], int]:
     return rows, len(lines) - len(rows)
 
 
-def _object(path: epath.Path) -> dict[str, Any]:
+def read_object(path: epath.PathLike) -> dict[str, Any]:
+    """The JSON object in a file; nothing where it is missing or damaged."""
+    path = epath.Path(path)
     value = _json(path.read_bytes()) if path.exists() else None
     return value if isinstance(value, dict) else {}
 

@@ -34,6 +34,10 @@ class Guard:
     after: int = 50
     patience: int = 20
 
+    def __post_init__(self):
+        lookup.within("config.guard.", 1, factor=self.factor, patience=self.patience)
+        lookup.within("config.guard.", 0, after=self.after)
+
 
 class Parts(NamedTuple):
     """What a run is made of, before anything is allocated."""
@@ -68,6 +72,10 @@ def assemble(
     `dtype="auto"` computes in float32 on a CPU and in bfloat16 elsewhere. Raises `Mistake` for a key or value that is
     not.
     """
+    lookup.within("config.", 1, 2**31 - 1, steps=steps, length=length, accumulate=accumulate)  # counted in int32
+    lookup.within("config.", 0, 2**32 - 1, seed=seed)
+    if not 0 <= ema < 1:
+        raise lookup.Mistake(f"config.ema={ema} is the share that a step keeps: 0 (no average) or more, and below 1")
     if dtype == "auto":
         dtype = "float32" if axes.platform() == "cpu" else "bfloat16"
     blueprint = Blueprint.of(model or {}, vocab=words.vocab, dtype=dtype)

@@ -25,11 +25,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-from jaxlm import axes, lookup, objectives, program, report
+from jaxlm import axes, lookup, objectives, program, report, resume
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.data import rows, tokenizers, vectors
+from jaxlm.data import rows, vectors
 from jaxlm.data.store import Store
 from jaxlm.data.store import open as open_store
 from jaxlm.data.tokenizers import Named
@@ -40,6 +40,7 @@ from jaxlm.log import Log, lines, setup
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
 from jaxlm.objectives import Objective
+from jaxlm.samples import Samples
 
 Section = Mapping[str, Any] | None
 
@@ -51,6 +52,9 @@ class Every:
     log: int = 10
     eval: int = 0
     save: int = 0
+
+    def __post_init__(self):
+        lookup.within("config.every.", 0, **dataclasses.asdict(self))
 
 
 def train(
@@ -71,6 +75,7 @@ def train(
     grid = lookup.spend("config.mesh", axes.mesh, mesh)
     rules = {**axes.RULES, **(rules or {})}
     when = lookup.spend("config.every", Every, every)
+    lookup.within("config.", 1, batch=batch, accumulate=accumulate)
     if batch % accumulate:
         raise Mistake(f"config.batch={batch} is no multiple of config.accumulate={accumulate}")
 
@@ -80,8 +85,10 @@ def train(
             words=Words.of(tokens.tokenizer()), mesh=grid, rules=rules, seed=seed, accumulate=accumulate, ema=ema,
             dtype=dtype,
         )  # fmt: skip
-        if samples and blueprint.kind == "encoder":
-            raise Mistake(f"config.samples: {blueprint.name} is an encoder, which writes no text; leave them out")
+        named, both_ways = Named(tokens.tokenizer()), objectives.both_ways(objective)
+        wanted = lookup.spend("config.samples", Samples, samples) if samples else None
+        if wanted:
+            wanted.check(LM(blueprint, shapes["params"], named))
         stream, features = lookup.spend(
             "config.data", _stream, data, tokens, task, seed=seed, batch=batch, until=steps * batch
         )
@@ -103,7 +110,8 @@ def train(
             }
 
         checkpoints = lookup.spend("config.checkpoint", Checkpoints, checkpoint, workdir)
-        _same_run(workdir, settings, checkpoints.steps(), tokens)
+        _check_metric(checkpoints.metric, measure, shapes["params"], held_out, task)
+        resume.check(workdir, settings, checkpoints.steps(), tokens, blueprint.shapes)
         restored = checkpoints.restore(shapes)
         start = restored[0] if restored else 0
         if start > steps:
@@ -162,10 +170,9 @@ def train(
                     return found
             checkpoints.wait()
             found = found or evaluate(steps)
-            if samples and log.writes and jax.process_count() == 1:
-                named, both_ways = Named(tokens.tokenizer()), task.name == "prefix"
-                lm = LM(blueprint, state["ema" if ema else "params"], named, None, both_ways=both_ways)
-                lookup.spend("config.samples", _sample, samples, lm, workdir, steps)
+            if wanted and log.writes and jax.process_count() == 1:
+                params = state["ema" if ema else "params"]
+                wanted.write(LM(blueprint, params, named, both_ways=both_ways), workdir, steps)
         if log.writes:
             _summarise(workdir, blueprint, found)
         return found
@@ -184,29 +191,16 @@ def _same_sources(store: Store, prepare: Section, data: Section) -> None:
         )
 
 
-def _same_run(workdir: str, settings: Mapping[str, Any], saved: list[int], store: Store) -> None:
-    """Raise `Mistake` where a workdir holds checkpoints of another model, of another kind of training state, or of one
-    to which token ids mean something else.
-    """
-    if not saved or not (Path(workdir) / "config.json").exists():
-        return
-    if (Path(workdir) / "tokenizer").exists():
-        ours, given = (tok.fingerprint for tok in (tokenizers.load(Path(workdir) / "tokenizer"), store.tokenizer()))
-        if ours != given:
-            raise Mistake(
-                f"{workdir} holds checkpoints of a model that reads the tokenizer {ours}, and the store {store.path} "
-                f"was made with {given}: the same ids would mean other tokens. Choose another --workdir or config.store"
-            )
-    before = configs.read(workdir).to_dict()
-    now = json.loads(json.dumps(settings, default=dict))
-    for name, of in {
-        "model": lambda c: c["model"],
-        "optimizer.name": lambda c: c["optimizer"].get("name", "adamw"),
-        "ema": lambda c: bool(c["ema"]),
-    }.items():
-        if of(before) != of(now):
-            changed = f"config.{name} was {of(before)!r} and is {of(now)!r}"
-            raise Mistake(f"{workdir} holds checkpoints of another run: {changed}. Choose another --workdir")
+def _check_metric(
+    metric: str, measure: Callable, params: Any, held_out: Mapping[str, rows.Rows], task: Objective
+) -> None:
+    """Raise `Mistake` for a metric to rank checkpoints by that no evaluation tells, as it does "loss", "docs/loss"."""
+    tells = {"loss", "perplexity", "accuracy"} | ({"bits_per_byte"} if task.exact else set())
+    by_source = lambda names: names | {f"{source}/{name}" for source in held_out for name in names}  # noqa: E731
+    if held_out and metric not in by_source(tells):
+        some = rows.batches(next(iter(held_out.values())), batch=1, features=task.features, seed=0, threads=0)
+        tells |= set(jax.eval_shape(measure, params, next(iter(some))).others)
+        lookup.key("config.checkpoint.metric", metric, dict.fromkeys(by_source(tells)))
 
 
 class Stop:
@@ -277,6 +271,7 @@ def _held_out(
     store: Store, task: Objective, *, documents: int | None = None, sources: list[str] | None = None
 ) -> dict[str, rows.Rows]:
     """The validation rows of each source that has any; `documents` bounds how many of each."""
+    lookup.within("config.evaluation.", 1, documents=1 if documents is None else documents)
     named = [s for s in store.sources if len(store.split(s, "validation"))] if sources is None else sources
     return {
         source: rows.validation(store, source, length=task.row, documents=documents, pairs=task.pairs, cost=task.cost)
@@ -338,22 +333,10 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
         )
 
 
-def _sample(
-    lm: LM, workdir: str, step: int, *, prompts: list[str], tokens: int = 64, temperature: float = 0.8, seed: int = 0
-) -> None:
-    """Continue each prompt and leave the texts in samples.jsonl, for the report.
-
-    A prompt may name specials ("the <extra_id_0> of"); an encoder-decoder reads it as a text of its own.
-    """
-    texts = lm.generate(list(prompts), max_new_tokens=tokens, temperature=temperature, seed=seed)
-    samples = [dict(step=step, prompt=prompt, text=text) for prompt, text in zip(prompts, texts)]
-    (Path(workdir) / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-
-
 def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -> None:
     """Leave summary.json and report.html in the workdir."""
     path = Path(workdir) / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
+    summary = report.read_object(path)
     logged = [line for line in lines(workdir) if "tokens_per_s" in line]
     speeds = sorted(line["tokens_per_s"] for line in logged)
     summary |= {f"validation_{key}": value for key, value in found.items() if "/" not in key}

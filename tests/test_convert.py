@@ -171,6 +171,16 @@ def test_a_tokenizer_that_transformers_does_not_have_is_said(kind, tmp_path, cap
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == ours.eos
 
 
+@pytest.mark.parametrize(
+    ("objective", "warned"), [(dict(name="prefix"), True), (dict(name="clm"), False), (None, False)]
+)
+def test_a_decoder_that_reads_its_prompts_both_ways_is_exported_with_a_warning(objective, warned, tmp_path, capsys):
+    run, _ = written_workdir(tmp_path / "run", "bytes")
+    configs.write(dict(model=MODEL, dtype="float32", objective=objective), str(run))
+    convert.main([str(run), str(tmp_path / "out")])
+    assert ("WARNING: the objective `prefix` trained this model" in capsys.readouterr().out) == warned
+
+
 def test_a_step_and_a_dtype_are_chosen(tmp_path, capsys):
     run, _ = written_workdir(tmp_path / "run", "bytes")
     for step, number in dict(newest=2, best=1).items():
@@ -190,11 +200,20 @@ def spoil(folder, **change):
     save_file({k: v for k, v in (load_file(file) | change).items() if v is not None}, file)
 
 
+def change_config(folder, **change):
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
 CHANGES = {
     "damaged or cut off": lambda f: os.truncate(f / "model.safetensors", 9000),
     "lack 'model.norm.weight'": lambda f: spoil(f, **{"model.norm.weight": None}),
     "no place for .*stranger": lambda f: spoil(f, **{"model.stranger": np.ones(3, np.float32)}),
     "has shape": lambda f: spoil(f, **{"lm_head.weight": np.ones((3, 5), np.float32)}),
+    "config.json has no 'vocab_size', which a llama needs": lambda f: change_config(f, vocab_size=None),
+    "config.json has no 'num_attention_heads'": lambda f: change_config(f, num_attention_heads=None),
+    "config.json is not as a llama has it": lambda f: change_config(f, num_attention_heads="four", head_dim=0),
     "did you mean 'llama'": lambda f: folder_of("llama", f, model_type="lama"),
     "a workdir needs a tokenizer": lambda f: (f / "tokenizer.json").unlink(),
 }

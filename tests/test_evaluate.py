@@ -109,6 +109,14 @@ def test_data_that_is_not_there_or_does_not_fit_is_a_mistake(workdir, tmp_path):
     ]:
         with pytest.raises(Mistake, match=complaint):
             evaluate.main([f"--workdir={workdir}", f"--data={data}"])
+    for flags, complaint in [
+        (["--batch=0"], "--batch=0 is not 1 or more"),
+        (["--limit=0"], "--limit=0 is not 1 or more"),
+        ([f"--json={tmp_path}/no/where.json"], "--json=.*: there is no folder .*/no"),
+        ([f"--json={tmp_path}"], "--json=.*: it is a folder"),
+    ]:
+        with pytest.raises(Mistake, match=complaint):
+            evaluate.main([f"--workdir={workdir}", *flags])
     with pytest.raises(Mistake, match="outside 1 to 0, the context"):
         evaluate.main([f"--workdir={workdir}", "--context=0"])
     with pytest.raises(Mistake, match="did you mean '--stride'"):

@@ -89,7 +89,19 @@ def test_every_option_of_the_python_api_is_a_flag():
     assert set(generate.OPTIONS) == options - {"stream", "first"}
 
 
+def test_only_a_line_feed_parts_prompts(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\u2028two\x0b\x85\r\n\nlast".encode())
+    assert [r["prompt"] for r in generate.read_prompts(f"{tmp_path}/a.txt")] == ["one\u2028two\x0b\x85", "", "last"]
+    line = json.dumps(dict(prompt="one\u2028two"), ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    assert [r["prompt"] for r in generate.read_prompts(f"{tmp_path}/a.jsonl")] == ["one\u2028two"] * 2
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert generate.read_prompts(f"{tmp_path}/empty.txt") == []
+
+
 def test_mistakes_name_the_flag_or_the_line(workdir, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"a\nna\xefve\n")
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a", "about": "\\ud800"}\n')
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     (tmp_path / "worse.jsonl").write_text('{"prompt": "a"\n')
     for flags, complaint in [
@@ -99,6 +111,10 @@ def test_mistakes_name_the_flag_or_the_line(workdir, tmp_path):
         ([f"--prompts={tmp_path}/bad.jsonl"], "bad.jsonl, line 2"),
         ([f"--prompts={tmp_path}/worse.jsonl"], "worse.jsonl, line 1: not JSON"),
         ([f"--output={tmp_path}/no/such/file"], "no folder"),
+        ([f"--output={tmp_path}"], "it is a folder; name a file in it"),
+        ([f"--prompts={tmp_path}/latin.txt"], "latin.txt, line 2: not UTF-8"),
+        ([f"--prompts={tmp_path}/half.jsonl"], r"half.jsonl, line 1 holds '\\ud800', half of a surrogate pair"),
+        (["--prompt=\udcff"], "--prompt holds .*half of a surrogate pair"),
         (["--step=7", "--prompt=a"], "no checkpoint '7'"),
     ]:
         with pytest.raises(Mistake, match=complaint):

@@ -192,6 +192,29 @@ def test_prompts_and_ids_that_do_not_fit_are_mistakes(lm):
             lm.logits(ids)
 
 
+def test_half_of_a_surrogate_pair_is_no_text(lm):
+    for ask in (lm.generate, lm.score, lm.document):
+        with pytest.raises(Mistake, match=r"holds '\\udcff', half of a surrogate pair, at character 3"):
+            ask("the\udcff")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, list, jax.numpy.asarray], ids=["numpy", "list", "jax"])
+def test_a_mask_may_be_of_booleans(lm, kind):
+    ids, mask = [[5, 6, 7, 0]], [[True, True, True, False]]
+    want = lm.logits(ids, mask=np.asarray(mask, np.int32))
+    np.testing.assert_array_equal(lm.logits(ids, mask=kind(mask)), want)
+    np.testing.assert_array_equal(lm.hidden(ids, mask=kind(mask)), lm.hidden(ids, mask=np.asarray(mask, np.int32)))
+    with pytest.raises(Mistake, match="whole numbers"):
+        lm.logits([[True, False]])
+
+
+def test_numbers_beyond_an_int_are_as_good_as_the_rows_length(lm):
+    free = lm.generate([[5, 6, 7]], temperature=0, max_new_tokens=CONTEXT)
+    for size in (CONTEXT + 1, 2 * 10**9, 10**11):
+        assert lm.generate([[5, 6, 7]], temperature=0, max_new_tokens=CONTEXT, no_repeat_ngram_size=size) == free
+    assert lm.generate([[5, 6, 7]], max_new_tokens=4, top_k=10**11) == lm.generate([[5, 6, 7]], max_new_tokens=4)
+
+
 def test_an_empty_prompt_begins_a_document_where_there_is_a_bos(lm):
     assert lm.generate("", max_new_tokens=5, temperature=0) == lm.generate([""], max_new_tokens=5, temperature=0)
     model = Blueprint.of(dict(name="gpt2", layers=1, width=8, heads=2, context=16), vocab=256)
@@ -223,6 +246,9 @@ def test_more_new_tokens_than_a_number_holds_are_as_many_as_there_is_room_for(lm
 
 def test_a_folder_that_is_no_workdir_or_has_no_checkpoint_is_a_mistake(tmp_path, lm):
     with pytest.raises(Mistake, match="is no workdir"):
+        jaxlm.load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Mistake, match=r"config.json has no 'model'"):
         jaxlm.load(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(dict(model=lm.config["model"])))
     lm.tokenizer.save(tmp_path / "tokenizer")

@@ -55,4 +55,4 @@ def test_what_does_not_fit_is_told_with_the_figures_and_what_to_do():
      ((512, 512), True, None, 1.0)],
 )  # fmt: skip
 def test_attention_counts_the_blocks_that_the_kernel_computes(shape, causal, window, share):
-    assert splash.seen(*shape, causal, window) == share
+    assert splash.seen(shape[0], shape[1], causal, window) == share

@@ -333,15 +333,15 @@ def test_a_value_of_another_type_is_named_with_the_type_that_is_meant():
         ("validation", "0.1", "a number"),
         ("validation", True, "a number"),
         ("split_seed", 1.5, "a whole number"),
-        ("sources", "python-docs:", "a dict"),
-        ("clean", "unicode", "a list, each a text or a dict"),
+        ("sources", "python-docs:", "a section"),
+        ("clean", "unicode", "a list, each a text or a section"),
         ("workers", "two", "a whole number or None"),
         ("overwrite", 1, "True or False"),
     ]:
-        with pytest.raises(Mistake, match=rf"config\.prepare\.{key}={value!r} should be {words}"):
+        with pytest.raises(Mistake, match=rf"config\.prepare\.{key} is {words}, not {value!r}"):
             spend("config.prepare", prepare, section | {key: value}, "store")
     for spec in (dict(kind="bytes", extra="<mask>"), dict(kind="characters", extra=[1])):
-        with pytest.raises(Mistake, match=r"tokenizer '\w+'\.extra=.* should be a list, each a text"):
+        with pytest.raises(Mistake, match=r"tokenizer '\w+'\.extra is a list, each a text, not"):
             tokenizers.train(["a"], spec)
-    with pytest.raises(Mistake, match=r"config.prepare.clean: length.min_words='2' should be a whole number"):
+    with pytest.raises(Mistake, match=r"config.prepare.clean: length.min_words is a whole number, not '2'"):
         Cleaner.of([dict(name="length", min_words="2")])

@@ -12,9 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import checkpoint, config, prepare, train
+from jaxlm import checkpoint, config, objectives, prepare, train
 from jaxlm.data import tokenizers
+from jaxlm.data.store import open as open_store
+from jaxlm.data.words import Words
 from jaxlm.lookup import Mistake, spend
+from jaxlm.models import Blueprint
+from jaxlm.nn.loss import Sums
 from tests.runs import CONFIG, STEPS, arrays, losses, run, settings, two_processes, write_store
 
 
@@ -158,8 +162,6 @@ def test_when_every_checkpoint_is_damaged_it_says_so_and_touches_nothing(store, 
 
 
 def test_restored_parameters_are_the_moving_average(store, whole):
-    from jaxlm.models import Blueprint
-
     blueprint = Blueprint.of(settings()["model"], vocab=prepare.token_store.open(store).vocab)
     step, params = checkpoint.restore_params(str(whole), blueprint.shapes)
     assert step == STEPS
@@ -175,8 +177,6 @@ def checkpoint_part(workdir, part, shapes):
 
 def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_path, capsys):
     """On any mesh; a resumed run does not look at the file."""
-    from jaxlm.models import Blueprint
-
     file, rng = tmp_path / "vectors.txt", np.random.default_rng(0)
     rows = {letter: rng.normal(size=32) * 7 for letter in "abcd"}
     file.write_text("".join(f"{letter} {' '.join(map(str, row))}\n" for letter, row in rows.items()))
@@ -208,7 +208,7 @@ def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_p
         (dict(data=dict(packing="bestfit")), "did you mean 'best_fit'"),
         (dict(data=dict(weights=dict(pros=1.0))), "did you mean 'prose'"),
         (dict(data=dict(temprature=2.0)), "config.data has no 'temprature'; did you mean 'temperature'"),
-        (dict(data=dict(cap="many")), "data.cap='many' should be a number or None"),
+        (dict(data=dict(cap="many")), "config.data.cap is a number or None, not 'many'"),
         (dict(data=dict(epochs=0.1)), "data.epochs: after .* no source is left, and the run asks for more"),
         (dict(data=dict(schedule=[(0, dict(prose=1.0)), (5, dict(list=1.0))])), "from step 5: .*did you mean 'lists'"),
         (dict(mesh=dict(fsdp=3)), "does not fit 8 devices"),
@@ -222,6 +222,42 @@ def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_p
         (dict(rules=dict(D="model")), "has no 'model'"),
         (dict(init=dict(vector="glove.txt")), "did you mean 'vectors'"),
         (dict(batches=3), "did you mean 'batch'"),
+        (dict(steps=None), "config.steps is a whole number, not None"),
+        (dict(steps=0), "config.steps=0 is not between 1 and 2147483647"),
+        (dict(batch=0), "config.batch=0 is not 1 or more"),
+        (dict(batch=-8), "config.batch=-8"),
+        (dict(accumulate=0), "config.accumulate=0"),
+        (dict(length=0), "config.length=0"),
+        (dict(seed=-1), "config.seed=-1 is not between 0 and 4294967295"),
+        (dict(ema="abc"), "config.ema is a number, not 'abc'"),
+        (dict(ema=1.0), "config.ema=1.0 is the share"),
+        (dict(dtype="float99"), "dtype has no 'float99'; did you mean 'float32'"),
+        (dict(model="llama"), "config.model is a section or None, not 'llama'"),
+        (dict(model=settings()["model"] | dict(layers=0)), "config.model.layers=0 is not 1 or more"),
+        (dict(model=settings()["model"] | dict(width=-32)), "config.model.width=-32"),
+        (dict(model=settings()["model"] | dict(heads=0)), "config.model.heads=0"),
+        (dict(model=settings()["model"] | dict(kv_heads=3)), "heads=4 is no multiple of kv_heads=3"),
+        (dict(model=settings()["model"] | dict(dropout=1.5)), "config.model.dropout=1.5"),
+        (dict(model=settings()["model"] | dict(dropout=-0.1)), "config.model.dropout=-0.1"),
+        (dict(model=settings()["model"] | dict(tied="no")), "config.model.tied is True or False, not 'no'"),
+        (dict(model=dict(name="gpt2", width=30, heads=4)), "width=30 is no multiple of heads=4"),
+        (dict(model=settings()["model"] | dict(head_width=7)), "config.model.head_width=7 is odd"),
+        (dict(model=settings()["model"] | dict(rope_scaling="x")), "rope_scaling is a section with kind and factor"),
+        (dict(objective=dict(name="clm", z_loss="x")), "config.objective.z_loss is a number, not 'x'"),
+        (dict(objective=dict(name="clm", label_smoothing=3.0)), "config.objective.label_smoothing=3.0 is not between"),
+        (dict(every=dict(eval=-1)), "config.every.eval=-1 is not 0 or more"),
+        (dict(checkpoint=dict(best=-1)), "config.checkpoint.best=-1 is not 0 or more"),
+        (dict(checkpoint=dict(mode="mx")), "config.checkpoint.mode has no 'mx'; did you mean 'max'"),
+        (dict(checkpoint=dict(metric="los")), "config.checkpoint.metric has no 'los'; did you mean 'loss'"),
+        (dict(checkpoint=dict(metric="pros/loss")), "did you mean 'prose/loss'"),
+        (dict(samples=dict(prompt=["a"])), "did you mean 'prompts'"),
+        (dict(samples=dict(prompts="a")), "config.samples.prompts is a list, each a text, not 'a'"),
+        (dict(samples=dict(prompts=[3])), "config.samples.prompts is a list, each a text, not \[3\]"),
+        (dict(samples=dict(prompts=["a"], tokens=0)), "config.samples.tokens=0"),
+        (dict(samples=dict(prompts=["a"], temperature=-1)), "config.samples.temperature=-1"),
+        (dict(samples=dict(prompts=["a" * 5000])), "leaves no room in the model's context"),
+        (dict(guard=dict(patience=0)), "config.guard.patience=0"),
+        (dict(evaluation=dict(documents=0)), "config.evaluation.documents=0"),
     ],
     ids=str,
 )
@@ -250,6 +286,60 @@ def test_a_workdir_of_another_model_is_refused_and_left_alone(store, whole):
     with pytest.raises(Mistake, match=r"holds checkpoints of another run: config.model was .*'width': 32"):
         train.train(str(whole), store=store, **settings(model=other))
     assert (whole / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [(dict(weight_decay=0.0), "weight_decay was 0.1 and is 0.0"), (dict(mu_dtype="bfloat16"), "mu_dtype was None")],
+    ids=str,
+)
+def test_an_optimizer_that_keeps_something_else_is_refused_by_the_key_that_says_so(store, whole, change, key):
+    optimizer = settings()["optimizer"] | dict(lr=2e-2, schedule="cosine", b1=0.8) | change
+    with pytest.raises(Mistake, match=f"another run: config.optimizer.{key}"):
+        train.train(str(whole), store=store, **settings(optimizer=optimizer))
+
+
+def test_a_rate_a_clip_and_a_decay_of_another_size_are_gone_on_with(store, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    optimizer = settings()["optimizer"] | dict(lr=2e-2, clip=0.0, weight_decay=0.2, schedule="linear", b1=0.8)
+    train.train(str(run), store=store, **settings(steps=STEPS + 1, optimizer=optimizer))
+    assert json.loads((run / "config.json").read_text())["steps"] == STEPS + 1
+
+
+def test_a_workdir_of_weights_alone_is_no_run_to_go_on_with(store, tmp_path):
+    config.write(dict(model=settings()["model"], dtype="auto"), str(tmp_path))
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(0, dict(params=Blueprint.of(settings()["model"], vocab=259).init(0)))
+    with pytest.raises(Mistake, match=r"was made by `jaxlm convert`.*Choose another --workdir"):
+        train.train(str(tmp_path), store=store, **settings())
+
+
+@pytest.mark.parametrize("damage", ['{"model": ', "\udcff", "[1]", "5"])
+def test_damaged_files_of_a_workdir_are_told_or_left_out(store, whole, tmp_path, damage):
+    run = shutil.copytree(whole, tmp_path / "run")
+    damage = damage.encode(errors="surrogateescape")
+    (run / "config.json").write_bytes(damage)
+    with pytest.raises(Mistake, match=r"config\.json (is not JSON|holds no JSON object)"):
+        train.train(str(run), store=store, **settings())
+    shutil.copy(whole / "config.json", run / "config.json")
+    for name in ("metrics.jsonl", "summary.json", "command", "samples.jsonl"):
+        (run / name).write_bytes(damage + b"\n")
+    train.train(str(run), store=store, **settings(steps=STEPS + 1))
+    assert json.loads((run / "summary.json").read_text())["parameters"] > 0
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert set(steps) == {STEPS + 1} and (run / "report.html").exists()
+
+
+def test_what_only_an_objective_counts_may_rank_checkpoints(store):
+    tokens = open_store(store)
+    task = objectives.of(None, length=32, words=Words.of(tokens.tokenizer()), kind="decoder")
+    count = jax.numpy.zeros(())
+    measure = lambda params, batch: Sums(count, count, count, count, {"follows": (count, count)})  # noqa: E731
+    held_out = train._held_out(tokens, task)
+    for metric in ("follows", "lists/follows", "prose/loss"):
+        train._check_metric(metric, measure, {}, held_out, task)
+    with pytest.raises(Mistake, match=r"config.checkpoint.metric has no 'folows'; did you mean 'follows'"):
+        train._check_metric("folows", measure, {}, held_out, task)
 
 
 def test_a_store_of_another_tokenizer_is_not_gone_on_with(store, whole, tmp_path):

@@ -47,8 +47,14 @@ class Sampling:
 
     def rows(self, batch: int) -> "Sampling":
         """The same for each of `batch` rows: every field an array [B]."""
-        kinds = {f.name: np.int32 if isinstance(f.default, int) else np.float32 for f in dataclasses.fields(self)}
-        return Sampling(**{name: np.full(batch, getattr(self, name), kind) for name, kind in kinds.items()})
+        made = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, int):  # tokens: the most that a number holds is as good as more
+                made[field.name] = np.full(batch, min(value, 2**31 - 1), np.int32)
+            else:
+                made[field.name] = np.full(batch, value, np.float32)
+        return Sampling(**made)
 
 
 @shaped
@@ -113,7 +119,7 @@ def ban_ngrams(logits_BV: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array,
         last_B = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B - 1 - back, 0)[:, None], axis=1)
         return ends_BS & ((jnp.roll(tokens_BS, back + 1, axis=1) == last_B) | (back >= size_B[:, None] - 1))
 
-    ends_BS = jax.lax.fori_loop(0, size_B.max() - 1, compare, ends_BS)
+    ends_BS = jax.lax.fori_loop(0, jnp.minimum(size_B.max() - 1, S), compare, ends_BS)  # no longer one fits the row
     return logits_BV.at[jnp.arange(B)[:, None], tokens_BS].min(jnp.where(ends_BS, -jnp.inf, jnp.inf))
 
 

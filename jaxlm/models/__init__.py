@@ -18,6 +18,10 @@ from jax.sharding import Mesh
 from jaxlm import axes, hf, lookup
 
 Tree = Any  # nested dicts of arrays
+COUNTS = {  # of a family's Config: 1 at least, where other numbers may be 0
+    "vocab", "context", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "experts", "window", "every",
+    "rope_base", "rope_base_local",
+}  # fmt: skip
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json; left out, they would be a published model's
 
 
@@ -42,7 +46,10 @@ class Blueprint:
             raise lookup.Mistake(f"config.model.name: {module.__name__} is no family that can be trained by steps")
         if "size" in section:
             section = {**lookup.key("config.model.size", section.pop("size"), module.SIZES), **section}
-        config = lookup.spend("config.model", module.Config, {"vocab": vocab, "dtype": dtype, **section})
+        section = {"vocab": vocab, "dtype": dtype, **section}
+        lookup.key("dtype", str(section["dtype"]), hf.DTYPES)
+        _check({field.name: field.default for field in dataclasses.fields(module.Config)} | section)
+        config = lookup.spend("config.model", module.Config, section)
         if config.vocab < vocab:
             raise lookup.Mistake(f"the tokenizer has {vocab} ids, but config.model.vocab is {config.vocab}")
         graph, state = nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0))))
@@ -90,6 +97,19 @@ class Blueprint:
         return 6 * active + (12 * attentions * c.heads * c.head_width * length if hasattr(c, "heads") else 0)
 
 
+def _check(values: Mapping[str, Any]) -> None:
+    """Raise `Mistake` for numbers of a family's Config that cannot be."""
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            lookup.within("config.model.", 1 if name in COUNTS else 0, **{name: value})
+    if isinstance(share := values["dropout"], int | float) and share >= 1:
+        raise lookup.Mistake(f"config.model.dropout={share} leaves nothing; it is a share below 1")
+    heads = [("heads", "kv_heads")] + ([] if "head_width" in values else [("width", "heads")])
+    for whole, part in heads:
+        if isinstance(x := values.get(whole), int) and isinstance(y := values.get(part), int) and x % y:
+            raise lookup.Mistake(f"config.model: {whole}={x} is no multiple of {part}={y}")
+
+
 def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], hf.Format]:
     """From a Hugging Face folder and its config.json: `config.model` of the family with its `model_type`, and how that
     is written.
@@ -101,7 +121,12 @@ def of_hugging_face(folder: str, config: Mapping[str, Any]) -> tuple[dict[str, A
     for name in lookup.names(__name__):
         forms |= {k: (name, form) for k, form in getattr(lookup.module(__name__, name), "HF", {}).items()}
     name, form = lookup.key("model_type in config.json", kind, forms)
-    return {"name": name, "vocab": config["vocab_size"], **form.read(config, hf.names(folder))}, form
+    try:
+        return {"name": name, "vocab": config["vocab_size"], **form.read(config, hf.names(folder))}, form
+    except KeyError as e:
+        raise lookup.Mistake(f"{folder}/config.json has no {e}, which a {kind} needs") from e
+    except (TypeError, AttributeError, ZeroDivisionError) as e:
+        raise lookup.Mistake(f"{folder}/config.json is not as a {kind} has it: {e}") from e
 
 
 def to_hugging_face(blueprint: Blueprint) -> tuple[str, hf.Format, dict[str, Any]]:

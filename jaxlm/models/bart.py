@@ -48,8 +48,6 @@ class Config:
     dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise Mistake(f"config.model: width={self.width} is no multiple of heads={self.heads}")
         object.__setattr__(self, "decoder_layers", self.decoder_layers or self.layers)
 
     @property

@@ -55,8 +55,6 @@ class Config:
     dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise Mistake(f"config.model: width={self.width} is no multiple of heads={self.heads}")
         if self.next and not self.pooled:
             raise Mistake("config.model: next=True reads the pooled state; set pooled=True too")
 

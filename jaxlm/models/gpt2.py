@@ -79,8 +79,6 @@ class Model(nnx.Module):
     """Token ids to hidden states to logits."""
 
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        if c.width % c.heads:
-            raise Mistake(f"config.model: width={c.width} is no multiple of heads={c.heads}")
         self.config = c
         self.embed_VD = normal(rngs, c.vocab, c.width, std=0.02)
         self.positions_TD = normal(rngs, c.context, c.width, std=0.02)

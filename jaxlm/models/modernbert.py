@@ -53,10 +53,6 @@ class Config:
     remat: str = "none"
     dtype: str = "float32"  # what products are computed in; parameters are float32
 
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise Mistake(f"config.model: width={self.width} is no multiple of heads={self.heads}")
-
     @property
     def head_width(self) -> int:
         return self.width // self.heads

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm import axes
+from jaxlm import axes, lookup
 from jaxlm.axes import shaped
 from jaxlm.nn.linear import Head
 
@@ -38,8 +38,11 @@ def cross_entropy(
     """Sums of -log softmax(head(x))[label] over tokens, in float32; `chunk` tokens of each row at a time.
 
     Label smoothing spreads its share evenly over the vocabulary (arXiv:1512.00567, section 7); `z_loss` times the
-    squared log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5).
+    squared log-normaliser keeps logits from drifting (arXiv:2204.02311, section 5). Raises `Mistake` for shares
+    outside 0 to 1 and weights below 0.
     """
+    lookup.within("config.objective.", 0, 1, label_smoothing=label_smoothing)
+    lookup.within("config.objective.", 0, z_loss=z_loss)
     if chunk is None:
         chunk = tokens_at_once(len(x_BTD), len(head.table_VD))
     weights = weights_BT.astype(jnp.float32)
@@ -88,9 +91,9 @@ def _plain(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
             return jax.tree.map(jnp.add, sums, _chunk_sums(xs[0], head, xs[1], xs[2], smoothing, z_loss)[0]), None
 
         xs = tuple(_split(a, chunk) for a in (x, labels, weights))
-        return jax.lax.scan(add, (jnp.zeros(()),) * 3, xs)[0], None, None
+        return jax.lax.scan(add, (jnp.zeros(()),) * 3, xs)[0], None
 
-    return _each_its_own(local, x, table, bias, labels, weights)[0]
+    return _each_its_own(local, x, table, bias, labels, weights, gradient=False)[0]
 
 
 def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
@@ -117,15 +120,15 @@ def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
         start = ((jnp.zeros(()),) * 3, jnp.zeros(table.shape, jnp.float32), None if bias is None else jnp.zeros(V))
         (sums, d_table, d_bias), d_x = jax.lax.scan(add, start, xs)
         d_x = d_x.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
-        return sums, d_x, (d_table, d_bias)
+        return sums, (d_x, d_table, d_bias)
 
-    sums, d_x, (d_table, d_bias) = _each_its_own(local, x, table, bias, labels, weights)
+    sums, (d_x, d_table, d_bias) = _each_its_own(local, x, table, bias, labels, weights, gradient=True)
     return sums, (d_x, d_table.astype(table.dtype), d_bias)
 
 
-def _each_its_own(local: Callable, x, table, bias, labels, weights) -> Any:
-    """`local` of each device's tokens and the whole head, cast to x's dtype: its first and third results summed over
-    the devices that have other tokens, the head's gradient placed as the head is.
+def _each_its_own(local: Callable, x, table, bias, labels, weights, *, gradient: bool) -> Any:
+    """`local` of each device's tokens and the whole head, cast to x's dtype: the sums and, with the `gradient`, those
+    of x, the head and its bias, the last two summed over the devices that have other tokens.
 
     Left to itself the compiler would sum that gradient over the devices once a chunk.
     """
@@ -141,21 +144,21 @@ def _each_its_own(local: Callable, x, table, bias, labels, weights) -> Any:
     tokens, whole = PartitionSpec(b, t), PartitionSpec()
 
     def summed(*args):
-        sums, d_x, heads = local(*args)
+        sums, gradients = local(*args)
         sums = jax.lax.psum(sums, others)
-        if heads is None:
-            return sums, None, None
-        d_table, d_bias = heads
+        if gradients is None:
+            return sums, None
+        d_x, d_table, d_bias = gradients
         if along:
             d_table = jax.lax.psum_scatter(d_table, along, scatter_dimension=1, tiled=True)
         rest = tuple(name for name in others if name not in along)
         d_table = jax.lax.psum(d_table, rest) if rest else d_table
-        return sums, d_x, (d_table, None if d_bias is None else jax.lax.psum(d_bias, others))
+        return sums, (d_x, d_table, None if d_bias is None else jax.lax.psum(d_bias, others))
 
-    outs = (whole, tokens, (PartitionSpec(None, along or None), whole))
+    ins = (tokens, whole, whole, tokens, tokens)
+    outs = (whole, (tokens, PartitionSpec(None, along or None), whole) if gradient else None)
     return jax.shard_map(
-        summed, mesh=place[0], in_specs=(tokens, whole, whole, tokens, tokens), out_specs=outs,
-        axis_names=set(others), check_vma=False,
+        summed, mesh=place[0], in_specs=ins, out_specs=outs, axis_names=set(others), check_vma=False
     )(x, cast, bias, labels, weights)  # fmt: skip
 
 

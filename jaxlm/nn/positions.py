@@ -3,6 +3,7 @@
 restart(segments [1 1 1 2 2 0])  ->  [0 1 2 0 1 0]
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any
@@ -85,7 +86,9 @@ class Scaling:
         """From `config.model.rope_scaling`: nothing, one of these, or a section of a config."""
         if section is None or isinstance(section, Scaling):
             return section
-        return lookup.spend("config.model.rope_scaling", cls, dict(section))
+        if not isinstance(section, Mapping):
+            raise lookup.Mistake(f"config.model.rope_scaling is a section with kind and factor, not {section!r}")
+        return lookup.spend("config.model.rope_scaling", cls, section)
 
     def __call__(self, frequency: np.ndarray, base: float) -> np.ndarray:
         """The changed frequencies (radians a token) [H / 2]."""
@@ -114,6 +117,8 @@ def angles(
     positions_BT: jax.Array, head_width: int, base: float, scaling: Scaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, 1, T, H/2] of each channel pair's angle, linear in the position (arXiv:2104.09864)."""
+    if head_width % 2:
+        raise lookup.Mistake(f"config.model.head_width={head_width} is odd, and rotary positions turn pairs")
     frequency = base ** (-np.arange(0, head_width, 2, dtype=np.float64) / head_width)
     sharpness = 1.0 if scaling is None else scaling.sharpness
     if scaling is not None:

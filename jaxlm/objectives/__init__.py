@@ -66,6 +66,8 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
     cost = getattr(module, "cost", None)
     functions = module.row, module.features, module.loss, paired
     lookup.known("config.objective", options, set().union(*map(lookup.keywords, functions)) - {"kind"})
+    for function in functions:
+        lookup.typed("config.objective", function, options)
     options["kind"] = kind
     row, features, loss, pairs = (_wanted(options, function) for function in functions)
 
@@ -86,3 +88,8 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
 def _wanted(options: Mapping[str, Any], function: Callable) -> dict[str, Any]:
     """Those of the options that a function takes."""
     return {key: value for key, value in options.items() if key in lookup.keywords(function)}
+
+
+def both_ways(objective: Mapping[str, Any] | None) -> bool:
+    """Whether a decoder learns by `config.objective` to read what stands before its text in both directions."""
+    return (objective or {}).get("name") == "prefix"

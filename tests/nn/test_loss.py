@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import axes, hlo
 from jaxlm.nn.linear import Head
 from jaxlm.nn.loss import cross_entropy
 
@@ -84,3 +85,27 @@ def test_the_full_logits_never_exist():
         return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(32) < B * T * V * 4 / 8 < B * T * V * 4 < temporary(T)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_eight_devices_go_through_their_own_tokens_and_sum_the_heads_gradient_once(mesh):
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(keys[0], (8, 12, 24))
+    head, bias = jax.random.normal(keys[1], (32, 24)), jax.random.normal(keys[2], (32,))
+    labels, weights = jax.random.randint(keys[3], (8, 12), 0, 32), (jnp.arange(96) % 5 > 0).reshape(8, 12)
+
+    def loss(x, head, bias):
+        return cross_entropy(x, Head(head, bias), labels, weights, chunk=3).loss
+
+    wanted = jax.value_and_grad(loss, argnums=(0, 1, 2))(x, head, bias)
+    with axes.on(axes.mesh(**mesh)) as place:
+        spread = axes.shardings(dict(x_BTD=x, head_VD=head, bias_V=bias), place)
+        args = [jax.device_put(a, spread[n]) for n, a in dict(x_BTD=x, head_VD=head, bias_V=bias).items()]
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        got, text = program(*args), program.lower(*args).compile().as_text() or ""
+        np.testing.assert_allclose(jax.jit(loss)(*args), wanted[0], rtol=1e-5)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    sent = [op for op in hlo.read(text) if op.kind in hlo.COLLECTIVES]
+    tables = [op for op in sent if any(len(shape) > 1 and {32, 16} & set(shape) for _, shape in op.sizes)]
+    assert tables and all(op.times == 1 for op in tables), [(op.kind, op.times, op.sizes) for op in tables]

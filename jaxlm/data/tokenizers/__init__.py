@@ -167,6 +167,15 @@ def predicted_bytes(tokenizer: Tokenizer, document: Sequence[int] | np.ndarray, 
     return size if tokenizer.add_bos or not len(document) else max(0, size - tokenizer.size(int(document[0])))
 
 
+def well_formed(what: str, text: str) -> str:
+    """The text. Raises `Mistake` where it holds half of a surrogate pair: no tokenizer reads it, no file takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise Mistake(f"{what} holds {text[e.start]!r}, half of a surrogate pair, at character {e.start}") from None
+    return text
+
+
 def sample(texts: Iterable[str], characters: int) -> list[str]:
     """A uniform sample of documents of about `characters` in all, in one pass and in bounded memory.
 
