@@ -32,8 +32,6 @@ def row(length: int, words: Words, *, rate: float = 0.3, span: float = 3.0, perm
     words.find("mask", MASK)
     if not isinstance(span, int | float) or span <= 0:
         raise Mistake(f"config.objective.span={span!r}: the mean length of a span, above 0")
-    if not isinstance(permute, bool):
-        raise Mistake(f"config.objective.permute={permute!r}: whether sentences change places, True or False")
     return length - 1
 
 

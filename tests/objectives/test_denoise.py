@@ -103,7 +103,10 @@ def test_wrong_options_are_named_before_training():
         return objectives.of({"name": "denoise", **options}, length=64, words=WORDS, kind="encoder-decoder")
 
     assert make().row == 63
-    for options in (dict(rate=2), dict(span=0), dict(permute="no")):
-        name, value = next(iter(options.items()))
-        with pytest.raises(Mistake, match=f"config.objective.{name}={value!r}"):
+    for options, message in (
+        (dict(rate=2), "rate=2"),
+        (dict(span=0), "span=0"),
+        (dict(permute="no"), "permute is True or False, not 'no'"),
+    ):
+        with pytest.raises(Mistake, match=f"config.objective.{message}"):
             make(**options)
