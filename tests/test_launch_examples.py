@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from jaxlm import axes, config, lookup
+from jaxlm.__main__ import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts/launch"
@@ -113,3 +114,13 @@ def test_a_slurm_job_whose_run_fails_is_not_queued_again(node, monkeypatch):
     (node / ".venv/bin/jaxlm").write_text("#!/bin/sh\nexit 2\n")
     assert subprocess.run(["bash", LAUNCH / "slurm_cpu.sbatch"]).returncode == 2
     assert not called(node, "scontrol")
+
+
+def test_the_page_on_tpus_names_verbs_flags_and_programs_that_there_are():
+    page = (ROOT / "docs/tpu.md").read_text()
+    said = subprocess.run([ROOT / "scripts/tpu.sh", "--help"], capture_output=True, text=True, check=True).stdout
+    verbs = set(re.findall(r"^  ([a-z]+) ", said, re.MULTILINE)) - {"flag"}
+    assert set(re.findall(r"scripts/tpu\.sh ([a-z]+)", page)) == verbs
+    assert all(name in said for name in re.findall(r"\bTPU_[A-Z]+", page))
+    assert set(re.findall(r"^(?:scripts/tpu.sh ssh -- )?jaxlm ([a-z]+)", page, re.MULTILINE)) <= set(PROGRAMS)
+    assert "(docs/tpu.md)" in (ROOT / "README.md").read_text()
