@@ -15,12 +15,14 @@ from collections.abc import Iterator
 import contextlib
 import inspect
 import json
-from pathlib import Path
 import sys
 from typing import Any
 
+from etils import epath
+
 from jaxlm import config, lm, program
 from jaxlm.lookup import Mistake
+from jaxlm.paths import is_remote
 
 OPTIONS = {  # those of `LM.generate`, by the same names and with the same defaults; a type where that is None
     name: option.default
@@ -34,10 +36,10 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
 
     Raises `Mistake` naming file and line for a line that holds none.
     """
-    file = Path(path)
+    file = epath.Path(path)
     if not file.is_file():
         raise Mistake(f"--prompts: no file at {path}")
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text().splitlines()
     if file.suffix != ".jsonl":
         return [dict(prompt=line) for line in lines]
     records = []
@@ -68,8 +70,9 @@ def main(argv: list[str]) -> int:
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.prompts is not None and args.prompt is not None:
         raise Mistake("--prompt and --prompts were both given; one of them, please")
-    if args.output and not Path(args.output).parent.is_dir():
-        raise Mistake(f"--output: there is no folder {Path(args.output).parent}")
+    output = epath.Path(args.output) if args.output else None
+    if output and not is_remote(output) and not output.parent.is_dir():
+        raise Mistake(f"--output: there is no folder {output.parent}")
     records = [dict(prompt=args.prompt or "")] if args.prompts is None else read_prompts(args.prompts)
     model = lm.load(args.workdir, step=args.step, specials=args.specials)
     if args.prompts is None and not args.output and options["num_return_sequences"] == options["beams"] == 1:
@@ -77,7 +80,7 @@ def main(argv: list[str]) -> int:
         model.generate(args.prompt or "", **options, stream=lambda piece: print(piece, end="", flush=True))
         print()
         return 0
-    with open(args.output, "w", encoding="utf-8") if args.output else contextlib.nullcontext(sys.stdout) as file:
+    with output.open("w") if output else contextlib.nullcontext(sys.stdout) as file:
         for record in answers(model, records, options):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()

@@ -81,7 +81,8 @@ def prepare(
     root = epath.Path(store)
     if (root / "config.json").is_file():
         raise Mistake(f"{store} is the workdir of a run: it has config.json; choose another folder for config.store")
-    if root.exists() and any(root.iterdir()) and not (root / "tokenizer").is_dir():
+    there = [*root.iterdir()] if root.is_dir() else []
+    if there and not (root / "tokenizer").is_dir() and not any((folder / SELECTION).is_dir() for folder in there):
         raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
     if overwrite and root.exists():
         print(f"{store}: removed, to be made anew")
@@ -121,7 +122,6 @@ def _select(
                 _same(root / name, {k: done.get(k) for k in recipe}, recipe)
     todo = [name for name in sources if not (root / name / "manifest.json").exists()]
     if not all(pipelines.load(folders[name]) for name in todo):
-        (root / "tokenizer").mkdir(parents=True, exist_ok=True)  # this will be a token store, if it is killed before
         for name, reading in sources.items():
             folders[name].mkdir(parents=True, exist_ok=True)
             if not (folders[name] / "recipe.json").exists():

@@ -14,12 +14,12 @@ import functools
 import json
 import math
 import os
-from pathlib import Path
 import shlex
 import signal
 import time
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -116,7 +116,7 @@ def train(
         with checkpoints, log:
             if log.writes:  # not before all has been checked: a mistake must not overwrite a good run's config
                 configs.write(settings, workdir)
-                tokens.tokenizer().save(Path(workdir) / "tokenizer")
+                tokens.tokenizer().save(epath.Path(workdir) / "tokenizer")
             if restored:
                 state = restored[1]
                 checkpoints.set_aside(start)
@@ -154,6 +154,7 @@ def train(
                     stopping = stop.asked  # not a step later: the grace period runs
                     log.pause()
                 if (when.save and step % when.save == 0) or last or stopping:
+                    log.sync()
                     checkpoints.save(step, state, found if step % (when.eval or steps) == 0 or last else None)
                     log.pause()
                 if stopping:
@@ -188,10 +189,10 @@ def _same_run(workdir: str, settings: Mapping[str, Any], saved: list[int], store
     """Raise `Mistake` where a workdir holds checkpoints of another model, of another kind of training state, or of one
     to which token ids mean something else.
     """
-    if not saved or not (Path(workdir) / "config.json").exists():
+    if not saved or not (epath.Path(workdir) / "config.json").exists():
         return
-    if (Path(workdir) / "tokenizer").exists():
-        ours, given = (tok.fingerprint for tok in (tokenizers.load(Path(workdir) / "tokenizer"), store.tokenizer()))
+    if (kept := epath.Path(workdir) / "tokenizer").exists():
+        ours, given = (tok.fingerprint for tok in (tokenizers.load(kept), store.tokenizer()))
         if ours != given:
             raise Mistake(
                 f"{workdir} holds checkpoints of a model that reads the tokenizer {ours}, and the store {store.path} "
@@ -347,12 +348,12 @@ def _sample(
     """
     texts = lm.generate(list(prompts), max_new_tokens=tokens, temperature=temperature, seed=seed)
     samples = [dict(step=step, prompt=prompt, text=text) for prompt, text in zip(prompts, texts)]
-    (Path(workdir) / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (epath.Path(workdir) / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -> None:
     """Leave summary.json and report.html in the workdir."""
-    path = Path(workdir) / "summary.json"
+    path = epath.Path(workdir) / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
     logged = [line for line in lines(workdir) if "tokens_per_s" in line]
     speeds = sorted(line["tokens_per_s"] for line in logged)
@@ -377,7 +378,7 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(address, int(count), int(index))
     elif settings.get("distributed"):
         jax.distributed.initialize()
-    workdir = Path(args.workdir)
+    workdir = epath.Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         (workdir / "command").write_text(shlex.join(["jaxlm", "train", *argv]) + "\n")
