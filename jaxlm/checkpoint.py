@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jaxlm import axes, lookup
+from jaxlm import axes, lookup, s3
 from jaxlm.lookup import Mistake
+from jaxlm.paths import absolute, move
 
 log = logging.getLogger("jaxlm")
 AT_ONCE = 2**20  # elements of an array that a checksum looks at together
@@ -99,8 +100,10 @@ class Checkpoints:
             handler: Any = ocp.StandardCheckpointHandler(save_concurrent_gb=(in_flight + 1) / 10**9, use_ocdbt=False)  # type: ignore
             for kind in (ocp.args.StandardSave, ocp.args.StandardRestore):
                 registry.add("params", kind, handler)
+        if str(workdir).startswith("s3://"):
+            s3.teach()
         self._manager = ocp.CheckpointManager(
-            epath.Path(workdir).resolve() / "checkpoints",
+            absolute(workdir) / "checkpoints",
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep.AnyPreservationPolicy(policies),
                 best_fn=self._score,  # not consulted for what to keep, but metrics are only written where there is one
@@ -165,7 +168,7 @@ class Checkpoints:
         if damaged and jax.process_index() == 0:
             for step in damaged:
                 folder = epath.Path(self._manager.directory) / str(step)
-                folder.rename(folder.with_name(f"{step}.damaged-{time.time_ns()}"))
+                move(folder, folder.with_name(f"{step}.damaged-{time.time_ns()}"))
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()

@@ -28,6 +28,7 @@ from jaxlm import config as configs
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizers import Tokenizer, huggingface
 from jaxlm.lookup import Mistake
+from jaxlm.paths import absolute, move
 
 UNITS = dict(B=1, KB=10**3, MB=10**6, GB=10**9)
 ON_THE_HUB = r"[\w.-]+/[\w.-]+"
@@ -256,7 +257,7 @@ def main(argv: list[str]) -> int:
 @contextlib.contextmanager
 def _appearing(destination: epath.PathLike) -> Iterator[epath.Path]:
     """A folder beside the destination that takes its place at the end, and vanishes where something goes wrong."""
-    place = epath.Path(destination).resolve()
+    place = absolute(destination)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise Mistake(f"DESTINATION={destination}: it is there already, and not empty; name a new folder")
     half = place.with_name(f".{place.name}.{os.getpid()}")
@@ -265,7 +266,7 @@ def _appearing(destination: epath.PathLike) -> Iterator[epath.Path]:
         yield half
         if place.exists():
             place.rmdir()
-        half.rename(place)
+        move(half, place)
     except BaseException:
         half.rmtree(missing_ok=True)
         raise

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator
 import functools
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 from rich.console import Console
@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
         results = by_objective(model, data, **how)
     if args.json:
         text = json.dumps(dict(workdir=args.workdir, data=data, results=results), indent=1)
-        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
+        print(text) if args.json == "-" else epath.Path(args.json).write_text(text + "\n")
     if args.json != "-":
         Console().print(table(results))
     return 0

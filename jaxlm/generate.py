@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import contextlib
 import inspect
 import json
-from pathlib import Path
 import sys
 from typing import Any
+
+from etils import epath
 
 from jaxlm import config, lm, program
 from jaxlm.data.tokenizers import well_formed
@@ -35,7 +36,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
 
     Raises `Mistake` naming file and line for a line that holds none.
     """
-    file = Path(path)
+    file = epath.Path(path)
     if not file.is_file():
         raise Mistake(f"--prompts: no file at {path}")
     lines = file.read_bytes().split(b"\n")  # what else ends lines to Python may stand in a prompt
@@ -76,7 +77,8 @@ def main(argv: list[str]) -> int:
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.prompts is not None and args.prompt is not None:
         raise Mistake("--prompt and --prompts were both given; one of them, please")
-    if args.output:
+    output = epath.Path(args.output) if args.output else None
+    if output:
         program.output("--output", args.output)
     well_formed("--prompt", args.prompt or "")
     records = [dict(prompt=args.prompt or "")] if args.prompts is None else read_prompts(args.prompts)
@@ -86,7 +88,7 @@ def main(argv: list[str]) -> int:
         model.generate(args.prompt or "", **options, stream=lambda piece: print(piece, end="", flush=True))
         print()
         return 0
-    with open(args.output, "w", encoding="utf-8") if args.output else contextlib.nullcontext(sys.stdout) as file:
+    with output.open("w") if output else contextlib.nullcontext(sys.stdout) as file:
         for record in answers(model, records, options):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()

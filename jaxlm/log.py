@@ -9,24 +9,25 @@ from collections.abc import Mapping
 import json
 import logging
 import math
-from pathlib import Path
 import sys
 import threading
 import time
 from typing import Any
 
+from etils import epath
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from jaxlm import chips
+from jaxlm.paths import SECONDS, Mirror
 from jaxlm.program import is_disk_full
 
 
 def lines(workdir: str) -> list[dict[str, Any]]:
     """The metrics of a run so far; a last line that a kill cut short is left out, and what else is damaged."""
-    path = Path(workdir) / "metrics.jsonl"
+    path = epath.Path(workdir) / "metrics.jsonl"
     out = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -67,13 +68,17 @@ class Log:
             return
         kept = [line for line in lines(workdir) if line["step"] <= start_step]
         self._earlier = max((line.get("time", 0.0) for line in kept), default=0.0)
-        path = Path(workdir) / "metrics.jsonl"
+        self._mirror = Mirror(workdir)
+        path = self._mirror.folder / "metrics.jsonl"
         fresh = path.with_suffix(".new")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
         fresh.replace(path)
         self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(  # an endless queue: its thread dies on a full disk, and must not block ours
-            str(Path(workdir) / "events"), purge_step=start_step + 1 if start_step else None, max_queue=0
+            str(self._mirror.folder / "events"),
+            purge_step=start_step + 1 if start_step else None,
+            max_queue=0,
+            flush_secs=SECONDS,
         )
         self._console = Console()
         self._bar = Progress(
@@ -96,6 +101,12 @@ class Log:
             self._bar.stop()
             self._file.close()
             self._events.close()
+            self._mirror.close()
+
+    def sync(self) -> None:
+        """Have all that was logged in the workdir: what a checkpoint there was preceded by must not be lost."""
+        if self.writes:
+            self._mirror.sync()
 
     def say(self, text: str) -> None:
         """Print a line for the user."""

@@ -112,7 +112,7 @@ def _folder(store: str, sources: Iterable[str], overwrite: bool) -> epath.Path:
     if (root / "config.json").is_file():
         raise Mistake(f"{store} is the workdir of a run: it has config.json; choose another folder for config.store")
     inside = list(root.iterdir()) if root.exists() else []
-    if inside and not (root / "tokenizer").is_dir():
+    if inside and not (root / "tokenizer").is_dir() and not any((path / SELECTION).is_dir() for path in inside):
         raise Mistake(f"{store} is not empty and no token store; choose another folder for config.store")
     if overwrite and root.exists():
         print(f"{store}: removed, to be made anew")
@@ -140,7 +140,6 @@ def _select(
                 _same(root / name, {k: done.get(k) for k in recipe}, recipe)
     todo = [name for name in sources if not (root / name / "manifest.json").exists()]
     if not all(pipelines.load(folders[name]) for name in todo):
-        (root / "tokenizer").mkdir(parents=True, exist_ok=True)  # this will be a token store, if it is killed before
         for name, reading in sources.items():
             folders[name].mkdir(parents=True, exist_ok=True)
             if not (folders[name] / "recipe.json").exists():

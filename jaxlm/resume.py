@@ -6,9 +6,9 @@ Mistake: runs/first holds checkpoints of another run: config.model was ... and i
 
 from collections.abc import Mapping
 import json
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 import jax
 
 from jaxlm import config as configs
@@ -23,7 +23,7 @@ def check(workdir: str, settings: Mapping[str, Any], saved: list[int], store: St
     """Raise `Mistake` where a workdir holds checkpoints (of the steps `saved`) of another model, of another kind of
     training state, of none, or of one to which token ids mean something else.
     """
-    if not saved or not (Path(workdir) / "config.json").exists():
+    if not saved or not (epath.Path(workdir) / "config.json").exists():
         return
     before = configs.read(workdir).to_dict()
     if "optimizer" not in before:
@@ -31,8 +31,10 @@ def check(workdir: str, settings: Mapping[str, Any], saved: list[int], store: St
             f"{workdir} was made by `jaxlm convert`: it holds weights to evaluate, generate and export with, and no "
             "run to go on with. Choose another --workdir; a run begins with parameters of its own"
         )
-    if (Path(workdir) / "tokenizer").exists():
-        ours, given = (tok.fingerprint for tok in (tokenizers.load(Path(workdir) / "tokenizer"), store.tokenizer()))
+    if (epath.Path(workdir) / "tokenizer").exists():
+        ours, given = (
+            tok.fingerprint for tok in (tokenizers.load(epath.Path(workdir) / "tokenizer"), store.tokenizer())
+        )
         if ours != given:
             raise Mistake(
                 f"{workdir} holds checkpoints of a model that reads the tokenizer {ours}, and the store {store.path} "

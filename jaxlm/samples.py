@@ -7,7 +7,8 @@ samples.write(lm, "runs/first", 900)    runs/first/samples.jsonl: {"step": 900, 
 
 import dataclasses
 import json
-from pathlib import Path
+
+from etils import epath
 
 from jaxlm import lookup
 from jaxlm.lm import LM
@@ -43,4 +44,4 @@ class Samples:
             list(self.prompts), max_new_tokens=self.tokens, temperature=self.temperature, seed=self.seed
         )
         samples = [dict(step=step, prompt=prompt, text=text) for prompt, text in zip(self.prompts, texts)]
-        (Path(workdir) / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        (epath.Path(workdir) / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))

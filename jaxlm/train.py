@@ -14,12 +14,12 @@ import functools
 import json
 import math
 import os
-from pathlib import Path
 import shlex
 import signal
 import time
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -124,7 +124,7 @@ def train(
         with checkpoints, log:
             if log.writes:  # not before all has been checked: a mistake must not overwrite a good run's config
                 configs.write(settings, workdir)
-                tokens.tokenizer().save(Path(workdir) / "tokenizer")
+                tokens.tokenizer().save(epath.Path(workdir) / "tokenizer")
             if restored:
                 state = restored[1]
                 checkpoints.set_aside(start)
@@ -162,6 +162,7 @@ def train(
                     stopping = stop.asked  # not a step later: the grace period runs
                     log.pause()
                 if (when.save and step % when.save == 0) or last or stopping:
+                    log.sync()
                     checkpoints.save(step, state, found if step % (when.eval or steps) == 0 or last else None)
                     log.pause()
                 if stopping:
@@ -335,7 +336,7 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
 
 def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -> None:
     """Leave summary.json and report.html in the workdir."""
-    path = Path(workdir) / "summary.json"
+    path = epath.Path(workdir) / "summary.json"
     summary = report.read_object(path)
     logged = [line for line in lines(workdir) if "tokens_per_s" in line]
     speeds = sorted(line["tokens_per_s"] for line in logged)
@@ -360,7 +361,7 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(address, int(count), int(index))
     elif settings.get("distributed"):
         jax.distributed.initialize()
-    workdir = Path(args.workdir)
+    workdir = epath.Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         (workdir / "command").write_text(shlex.join(["jaxlm", "train", *argv]) + "\n")

@@ -10,3 +10,4 @@ lock() {
 # The larger set first: what its packages agree on is what the core is pinned to.
 lock --output-file=requirements/test.txt --extra=test "$@"
 lock --output-file=requirements/core.txt --constraint=requirements/test.txt "$@"
+lock --output-file=requirements/tpu.txt --constraint=requirements/test.txt --extra=tpu --extra=gcs "$@" # TPU VMs

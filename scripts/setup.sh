@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv and install jaxlm into it from a lock file:    scripts/setup.sh core | test
+# Make .venv and install jaxlm into it from a lock file:    scripts/setup.sh core | test | tpu
 # A second call with nothing changed takes a moment. PYTHON=/path/to/python3.x chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

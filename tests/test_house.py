@@ -149,7 +149,7 @@ def pins(lock: str) -> dict[str, list[tuple[Requirement, str]]]:
     return found
 
 
-@pytest.mark.parametrize("lock", ["core", "test"])
+@pytest.mark.parametrize("lock", ["core", "test", "tpu"])
 def test_the_lock_pins_everything_by_hash_and_names_no_index(lock):
     text = (ROOT / "requirements" / f"{lock}.txt").read_text()
     assert "://" not in text and not re.search(r"^\s*-(?!-hash)", text, re.MULTILINE)
@@ -159,21 +159,25 @@ def test_the_lock_pins_everything_by_hash_and_names_no_index(lock):
             assert re.fullmatch(r"(\s*--hash=sha256:[0-9a-f]{64}\s*\\?)+", hashes), package
 
 
-@pytest.mark.parametrize("lock", ["core", "test"])
+@pytest.mark.parametrize("lock", ["core", "test", "tpu"])
 def test_the_lock_allows_no_accelerator_builds_of_other_frameworks(lock):
     assert not [package for package in pins(lock) if re.match(r"torch|nvidia|cuda|tensorflow($|-cpu|-gpu)", package)]
 
 
 def test_the_lock_is_what_the_project_asks_for():
-    core, test = pins("core"), pins("test")
+    core = pins("core")
     for line in PROJECT["dependencies"]:
         wanted = Requirement(line)
         versions = core.get(canonicalize_name(wanted.name), [])
         assert versions, f"{wanted.name} is not locked; run scripts/lock.sh"
         assert all(next(iter(pin.specifier)).version in wanted.specifier for pin, _ in versions), wanted
-    for package, versions in core.items():
-        same = {str(pin.specifier) for pin, _ in versions} == {str(pin.specifier) for pin, _ in test.get(package, [])}
-        assert same, f"{package}: the test lock must contain the core lock"
+    for lock in ("test", "tpu"):
+        larger = pins(lock)
+        for package, versions in core.items():
+            held = {str(pin.specifier) for pin, _ in larger.get(package, [])}
+            assert {str(pin.specifier) for pin, _ in versions} == held, (
+                f"{package}: the {lock} lock must contain the core's"
+            )
 
 
 # The scripts.

@@ -252,7 +252,7 @@ def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_p
         (dict(checkpoint=dict(metric="pros/loss")), "did you mean 'prose/loss'"),
         (dict(samples=dict(prompt=["a"])), "did you mean 'prompts'"),
         (dict(samples=dict(prompts="a")), "config.samples.prompts is a list, each a text, not 'a'"),
-        (dict(samples=dict(prompts=[3])), "config.samples.prompts is a list, each a text, not \[3\]"),
+        (dict(samples=dict(prompts=[3])), r"config.samples.prompts is a list, each a text, not \[3\]"),
         (dict(samples=dict(prompts=["a"], tokens=0)), "config.samples.tokens=0"),
         (dict(samples=dict(prompts=["a"], temperature=-1)), "config.samples.temperature=-1"),
         (dict(samples=dict(prompts=["a" * 5000])), "leaves no room in the model's context"),

@@ -21,6 +21,7 @@ from etils import epath
 import numpy as np
 import tensorstore as ts
 
+from jaxlm import paths
 from jaxlm.data import tokenizers
 from jaxlm.lookup import Mistake, key
 
@@ -245,8 +246,7 @@ def _open(path: str, **how: Any) -> ts.TensorStore:
 
     Zeros are written like other values: what a reader misses is then damage.
     """
-    kvstore = f"{path}/" if "://" in path else dict(driver="file", path=f"{epath.Path(path).resolve()}/")
-    spec = dict(driver="zarr3", kvstore=kvstore, recheck_cached_data="open")
+    spec = dict(driver="zarr3", kvstore=paths.kvstore(path), recheck_cached_data="open")
     spec |= dict(store_data_equal_to_fill_value=True) if how else dict(fill_missing_data_reads=False)
     if metadata := how.pop("metadata", None):
         spec["metadata"] = metadata
