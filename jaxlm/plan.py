@@ -1,8 +1,8 @@
 """Compile a config's train step for devices that are not here: does it fit, how fast is it, what takes the time?
 
-    jaxlm plan --config=configs/tpu/llama3.1_8b.py --topology=v6e:16x16
+    jaxlm plan --config=configs/tpu/published.py:llama3.1-8b --topology=v6e:16x16
     jaxlm plan --config=configs/pretrain/python_docs.py --topology=v5e:4x4 --slices=2 --config.mesh.fsdp=16
-    jaxlm plan --config=configs/tpu/llama3.1_8b.py --topology=v6e:16x16 --search
+    jaxlm plan --config=configs/tpu/published.py:llama3.1-8b --topology=v6e:16x16 --search
 
 The topology is a TPU's (v4, v5e, v5p, v6e, tpu7x) and needs libtpu: pip install "jaxlm[tpu]". Without one, the devices
 of this machine. Nothing is allocated: weights and batch are shapes. --search tries meshes, batch sizes and what the
@@ -23,6 +23,7 @@ import sys
 import time
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
@@ -307,15 +308,19 @@ def _mesh(plan: Plan) -> str:
     return " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
 
 
+def _words(config: Mapping[str, Any]) -> Words:
+    """The tokenizer of the config's store; before there is one, a stand-in of the size that it will have."""
+    size = ((config.get("prepare") or {}).get("tokenizer") or {}).get("vocab")
+    if size is not None and not epath.Path(config["store"]).exists():
+        return Words.of_size(size)
+    return Words.of(open_store(config["store"]).tokenizer())
+
+
 def main(argv: list[str]) -> None:
     """Read the command line, compile, print what a device holds and what a step takes."""
     args = configs.parse(__doc__ or "", argv, workdir=None, topology="", slices=1, search=False, json=False)
     config = args.config.to_dict()
-    model = config.get("model", {})
-    known = "vocab" not in model
-    words = Words.of(open_store(config["store"]).tokenizer()) if known else Words.of_size(model["vocab"])
-    if not known:
-        config["model"] = {name: value for name, value in model.items() if name != "vocab"}
+    words = _words(config)
     if args.topology:
         jax.config.update("jax_platforms", "cpu")  # those that the program is for are not here
     where, console = devices(args.topology, args.slices) if args.topology else jax.devices(), Console()

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 def get_config(size="full"):
     c = ConfigDict()
     c.steps, c.length, c.batch, c.store = 1_000, 256, 16, "nowhere"
-    c.model = dict(name="llama", layers=2, width=256, heads=2, kv_heads=2, mlp_width=512, remat="full", vocab=512)
+    c.model = dict(name="llama", layers=2, width=256, heads=2, kv_heads=2, mlp_width=512, remat="full")
+    c.prepare = dict(tokenizer=dict(vocab=512))
     c.optimizer = dict(name="adamw", lr=1e-3)
     c.mesh = dict(data=1, fsdp=4)
     return c
