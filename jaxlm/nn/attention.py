@@ -235,7 +235,7 @@ class Attention(nnx.Module):
         k_BKTH, v_BKTH = self.keys_values(x_BTD)
         if angles is not None:
             q_BNTH, k_BKTH = positions.rotate(q_BNTH, angles), positions.rotate(k_BKTH, angles)
-        k_BKSH, v_BKSH = axes.constrain(k_BKTH, "BKTH"), axes.constrain(v_BKTH, "BKTH")
+        k_BKSH, v_BKSH = axes.constrain(k_BKTH, "BKSH"), axes.constrain(v_BKTH, "BKSH")
         if cache is not None and layer is not None:
             cache = cache.write(layer, k_BKTH, v_BKTH)
             k_BKSH, v_BKSH = cache.read(layer)
@@ -257,12 +257,16 @@ class Attention(nnx.Module):
     @shaped
     def keys_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, K, T, H] of these tokens."""
+        x_BTD = self._gathered(x_BTD)
         k_BKTH = dense(x_BTD, self.wk_DKH, self.bias_k_KH).transpose(0, 2, 1, 3)
         v_BKTH = dense(x_BTD, self.wv_DKH, self.bias_v_KH).transpose(0, 2, 1, 3)
         return (k_BKTH if self.k_norm is None else self.k_norm(k_BKTH)), v_BKTH
 
+    def _gathered(self, x_BTD: jax.Array) -> jax.Array:
+        return axes.constrain(x_BTD, "BTD", N=self.wo_NHD.shape[0])
+
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
-        q_BNTH = dense(x_BTD, self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
+        q_BNTH = dense(self._gathered(x_BTD), self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
         if self.q_norm is not None:
             q_BNTH = self.q_norm(q_BNTH)
         return q_BNTH if self.rescale is None else q_BNTH * self.rescale

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlm import axes
 from jaxlm.axes import shaped
-from jaxlm.nn.linear import Head
+from jaxlm.nn.linear import Head, flat
 
 LOGITS_AT_ONCE = 2**24  # elements of one chunk's logits, unless told otherwise: 64 MiB in float32
 
@@ -39,26 +39,44 @@ def cross_entropy(
     """
     B, T, _ = x_BTD.shape
     V = head.table_VD.shape[0]
+    parts = axes.ways(axes.splitting("T", "BTD", x_BTD.shape))  # of each row, on devices of their own
     if chunk is None:
-        chunk = max(1, LOGITS_AT_ONCE // (B * V))
+        chunk = parts * LOGITS_AT_ONCE // (B * V)
+    T, chunk = T // parts, max(1, chunk // parts)
     chunk = -(-T // -(-T // min(chunk, T)))  # as few chunks, as even as possible
     weights = weights_BT.astype(jnp.float32)
     loss, nll, correct = _summed(
-        x_BTD, head.table_VD, head.bias_V, labels_BT, weights, head.cap, label_smoothing, z_loss, chunk
+        x_BTD, head.table_VD, head.bias_V, labels_BT, weights, head.cap, label_smoothing, z_loss, (parts, chunk)
     )
     return Sums(loss, nll, correct, weights.sum())
 
 
-def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...], padded with zeros (weight 0)."""
-    pad = -x.shape[1] % chunk
-    x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+Cut = tuple[int, int]  # the parts of a row that lie on devices of their own, and how many tokens of each are a chunk
+
+
+def _split(x: jax.Array, cut: Cut) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, tokens of a chunk, ...], padded with zeros (weight 0); each part has its share of each
+    chunk.
+    """
+    (parts, chunk), (B, T, *D) = cut, x.shape
+    x = x.reshape(B, parts, T // parts, *D)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % chunk), *((0, 0) for _ in D)))
+    x = jnp.moveaxis(x.reshape(B, parts, -1, chunk, *D), 2, 0)
+    return x.reshape(-1, B, parts * chunk, *D)
+
+
+def _joined(x: jax.Array, cut: Cut, T: int) -> jax.Array:
+    """[chunks, B, tokens of a chunk, D] -> [B, T, D]: the inverse."""
+    (parts, chunk), (n, B, _, D) = cut, x.shape
+    x = jnp.moveaxis(x.reshape(n, B, parts, chunk, D), 0, 2).reshape(B, parts, n * chunk, D)
+    return axes.constrain(x[:, :, : T // parts].reshape(B, T, D), "BTD")
 
 
 def _chunk_sums(x, head, labels, weights, smoothing, z_loss):
     """One chunk: the three sums, and what its gradient needs."""
-    logits = axes.constrain(head(x), "BTV")
+    V = len(head.table_VD)
+    labels, weights = (axes.constrain(a, "BT", V=V) for a in (labels, weights))
+    logits = axes.constrain(head(axes.constrain(x, "BTD", V=V)), "BTV")
     norm = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     nll = norm - picked
@@ -69,17 +87,17 @@ def _chunk_sums(x, head, labels, weights, smoothing, z_loss):
     return ((loss * weights).sum(), (nll * weights).sum(), correct.sum()), (logits, norm)
 
 
-def _plain(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
+def _plain(x, table, bias, labels, weights, cap, smoothing, z_loss, cut):
     head = Head(table.astype(x.dtype), bias, cap)
 
     def add(sums, xs):
         return jax.tree.map(jnp.add, sums, _chunk_sums(xs[0], head, xs[1], xs[2], smoothing, z_loss)[0]), None
 
-    xs = tuple(_split(a, chunk) for a in (x, labels, weights))
+    xs = tuple(_split(a, cut) for a in (x, labels, weights))
     return jax.lax.scan(add, (jnp.zeros(()),) * 3, xs)[0]
 
 
-def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
+def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, cut):
     cast, V = table.astype(x.dtype), table.shape[0]
     head = Head(cast, bias, cap)
 
@@ -93,19 +111,19 @@ def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
         if cap is not None:
             d = d * (1.0 - jnp.square(logits / cap))
         d_bias = None if bias is None else d_bias + d.sum(axis=(0, 1))
-        d = d.astype(x.dtype).reshape(-1, V)
-        d_table = d_table + (d.T @ x.reshape(-1, x.shape[-1])).astype(jnp.float32)
+        d, rows = (a.reshape(*flat(a.shape[:2]), a.shape[2]) for a in (d.astype(x.dtype), x))
+        new_table = d.T @ rows if d.ndim == 2 else jnp.einsum("btv,btd->vd", d, rows)
+        d_table = d_table + new_table.astype(jnp.float32)
         return (jax.tree.map(jnp.add, sums, new), d_table, d_bias), (d @ cast).reshape(x.shape)
 
-    xs = tuple(_split(a, chunk) for a in (x, labels, weights))
+    xs = tuple(_split(a, cut) for a in (x, labels, weights))
     none = None if bias is None else jnp.zeros(V)
     start = ((jnp.zeros(()),) * 3, jnp.zeros(table.shape, jnp.float32), none)
     (sums, d_table, d_bias), d_x = jax.lax.scan(add, start, xs)
-    d_x = d_x.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
-    return sums, (d_x, d_table.astype(table.dtype), d_bias)
+    return sums, (_joined(d_x, cut, x.shape[1]), d_table.astype(table.dtype), d_bias)
 
 
-def _backward(cap, smoothing, z_loss, chunk, kept, g):
+def _backward(cap, smoothing, z_loss, cut, kept, g):
     d_x, d_table, d_bias = (
         kept  # gradients of the loss sum; nll and the count of correct tokens are reports, not differentiated
     )
