@@ -11,7 +11,7 @@ a rule table says which mesh axes may split a letter. Letters are served from th
 axis serves once, so one table does for parameters and activations:
 
     wq_DNH    D fsdp, N tensor
-    x_BTD     B data x fsdp, T sequence x tensor      between layers each device has tokens of its own, and D goes without
+    x_BTD     B data x fsdp, T sequence x tensor      between layers devices have tokens of their own; D goes without
     q_BNTH    B data x fsdp, N tensor, T sequence     so does h_BTF: tensor splits what is wide, T has what is left
 
 So around each layer the tokens are gathered over `tensor`, and its sums scattered (arXiv:2205.05198). Attention over

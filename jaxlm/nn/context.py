@@ -1,7 +1,7 @@
 """Attention where the tokens of a row lie on several devices: `config.model.attention` is `ring` or `alltoall`.
 
-    alltoall    tokens are traded for heads before, and back behind: each device then has whole rows of some heads, which
-                any other backend serves (Ulysses, arXiv:2309.14509). Devices cannot be more than heads.
+    alltoall    tokens are traded for heads before, and back behind: each device then has whole rows of some heads,
+                which any other backend serves (Ulysses, arXiv:2309.14509). Devices cannot be more than heads.
     ring        keys and values go round, to the next device a turn, and each device's queries read those that pass
                 (arXiv:2310.01889). What a device holds, forward and backward, is linear in its own tokens.
 
@@ -181,17 +181,18 @@ def _score(how: Ring, mask: Mask, queries: jax.Array, keys: jax.Array, q: jax.Ar
 
 def _forward(how: Ring, q, k, v, mask, params):
     """The softmax block by block, with what is known of it so far: its highest score and its sum."""
-    here = jax.lax.axis_index(how.over)
-    sums = jnp.zeros(q.shape[:-1] + (1,))
+    # JAX computes what no layer changes once, before the layers, and would keep the masks of all blocks: so, it cannot.
+    here, mask, q = jax.lax.optimization_barrier((jax.lax.axis_index(how.over), mask, q))
+    sums = jnp.zeros((*q.shape[:-1], 1))
 
     def block(state, q, queries, k, v, keys):
         see = visible(mask, queries, keys)[:, None, None]
 
         def add(state):
             high, total, out = state
-            score = jnp.where(see, _score(how, mask, queries, keys, q, k, params), HIDDEN)
+            score = _score(how, mask, queries, keys, q, k, params) + (1.0 - see) * HIDDEN
             higher = jnp.maximum(high, score.max(-1, keepdims=True))
-            power = jnp.where(see, jnp.exp(score - higher), 0.0)
+            power = jnp.exp(score - higher) * see
             new = jnp.einsum("bkgts,bksh->bkgth", power.astype(v.dtype), v, preferred_element_type=jnp.float32)
             shrink = jnp.exp(high - higher)
             return higher, total * shrink + power.sum(-1, keepdims=True), out * shrink + new
