@@ -7,9 +7,15 @@ axes.
 In a recurrent layer F is the width of the state, and G are the gates.
 
 The same letters check shapes while tracing (`shaped`) and place every array on the mesh (`shardings`, `constrain`):
-a rule table says which mesh axes may split a letter. Letters are served from the left and a mesh axis serves once, so
-one table does for parameters and activations: `wq_DNH` is split fsdp x tensor, `x_BTD` by batch alone, since B took
-`fsdp`.
+a rule table says which mesh axes may split a letter. Letters are served from the left, T behind all others, and a mesh
+axis serves once, so one table does for parameters and activations:
+
+    wq_DNH    D fsdp, N tensor
+    x_BTD     B data x fsdp, T sequence x tensor      between layers devices have tokens of their own; D goes without
+    q_BNTH    B data x fsdp, N tensor, T sequence     so does h_BTF: tensor splits what is wide, T has what is left
+
+So around each layer the tokens are gathered over `tensor`, and its sums scattered (arXiv:2205.05198). Attention over
+tokens that `sequence` splits is `nn/context.py`. Batches themselves are split by B alone: a row of ids is small.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,9 +36,10 @@ import numpy as np
 from jaxlm.lookup import Mistake, miss
 
 ALPHABET = "BTSDFVNKGHERCL"
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 RULES: Mapping[str, str | tuple[str, ...]] = {
     "B": ("data", "fsdp"), "D": "fsdp", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor",
+    "T": ("sequence", "tensor"),
 }  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable)
@@ -77,21 +84,23 @@ def shaped(fn: Function) -> Function:
     return checked  # type: ignore[return-value]
 
 
-def mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, devices: Any = None) -> Mesh:
-    """Arrange the devices (all of them unless given) as data x fsdp x tensor; one size may be -1: what is left.
+def mesh(
+    *, data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, slices: int = 1, devices: Any = None
+) -> Mesh:  # fmt: skip
+    """Arrange the devices (all unless given) as data x fsdp x sequence x tensor; one size may be -1: what is left.
 
     Slices are joined by the slow network, so they only ever divide the data axis. Sizes that ask for fewer devices than
     one host has leave the others idle, and the log says so. Raises `Mistake` when the sizes fit the devices in no way.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+    asked = dict(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
+    sizes = dict(asked)
     known = math.prod(n for n in sizes.values() if n != -1)
     free = [axis for axis, n in sizes.items() if n == -1]
     if len(free) == 1 and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     count = math.prod(sizes.values())
     if min(sizes.values()) < 1 or count > len(devices) or (count < len(devices) and (free or jax.process_count() > 1)):
-        asked = dict(data=data, fsdp=fsdp, tensor=tensor)
         raise Mistake(f"config.mesh {asked} does not fit {len(devices)} devices; one size may be -1")
     if count < len(devices):
         _say_once(f"config.mesh uses {count} of {len(devices)} devices")
@@ -102,7 +111,7 @@ def mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, dev
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
         array = mesh_utils.create_hybrid_device_mesh(
-            inner, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+            inner, (slices, 1, 1, 1), devices=devices, allow_split_physical_axes=True
         )
     else:
         array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
@@ -122,13 +131,22 @@ def on(mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Iterator[Mesh]:
 
 
 def here() -> tuple[Mesh, Mapping] | None:
-    """The mesh and rules of the enclosing `on`, if any."""
-    return _place.get()
+    """The mesh and rules of the enclosing `on`, if any; within a `shard_map` without the axes that it is over, and none
+    where these are all.
+    """
+    place, inside = _place.get(), jax.sharding.get_abstract_mesh().manual_axes
+    if place is None or not inside:
+        return place
+    if len(inside) == len(place[0].shape):
+        return None
+    return place[0], {
+        letter: tuple(axis for axis in names(to) if axis not in inside) for letter, to in place[1].items()
+    }
 
 
 def device() -> Any:
     """One of the enclosing mesh's devices, or of those here (also when compiling for devices that are not here)."""
-    place = here()
+    place = _place.get()
     return place[0].devices.flat[0] if place else jax.devices()[0]
 
 
@@ -150,20 +168,24 @@ def check_rules(rules: Mapping[str, Any], mesh: Mesh) -> None:
 def spec(
     letters: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Any] = RULES, name: str = ""
 ) -> PartitionSpec:
-    """Which mesh axes split which of an array's axes. One that does not divide is not split; the log says so once."""
+    """Which mesh axes split which of an array's axes: of those in the rules, the first ones that divide it. Where some
+    do not, the log says so once.
+    """
     stacked = len(shape) - len(letters)  # scanned layers have one more leading axis, which is never split
     used: set[str] = set()
-    out: list[Any] = [None] * stacked
-    for letter, size in zip(letters, shape[stacked:]):
+    out: list[Any] = [None] * len(shape)
+    for at, letter in sorted(enumerate(letters, stacked), key=lambda one: one[1] == "T"):
         to = rules.get(letter, ())
-        to = tuple(a for a in ((to,) if isinstance(to, str) else to) if a not in used and mesh.shape[a] > 1)
-        ways = math.prod(mesh.shape[a] for a in to)
-        if size % ways:
-            parts = " x ".join(f"{a}={mesh.shape[a]}" for a in to)
-            _say_once(f"{name or letters}: axis {letter} of size {size} does not divide over {parts}; not split")
-            to = ()
+        asked = tuple(a for a in ((to,) if isinstance(to, str) else to) if a not in used and mesh.shape[a] > 1)
+        to, size = asked, shape[at]
+        while size % math.prod(mesh.shape[a] for a in to):
+            to = to[:-1]
+        if to != asked and (letter != "T" or size > 1):  # that a single token, as in decoding, is not split is no news
+            parts, kept = (" x ".join(f"{a}={mesh.shape[a]}" for a in some) for some in (asked, to))
+            done = f"split over {kept}" if to else "not split"
+            _say_once(f"{name or letters}: axis {letter} of size {size} does not divide over {parts}; {done}")
         used.update(to)
-        out.append(None if not to else to[0] if len(to) == 1 else to)
+        out[at] = None if not to else to[0] if len(to) == 1 else to
     return PartitionSpec(*out)
 
 
@@ -172,10 +194,16 @@ def names(to: Any) -> tuple[str, ...]:
     return () if to is None else (to,) if isinstance(to, str) else tuple(to)
 
 
-def ways(spec: PartitionSpec) -> int:
-    """In how many parts such an array is split on the mesh of the enclosing `on`."""
+def splitting(letter: str, letters: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The mesh axes that split one letter of such an array on the mesh of the enclosing `on`; none without one."""
     place = here()
-    return 1 if place is None else math.prod(place[0].shape[name] for to in spec for name in names(to))
+    return () if place is None else names(spec(letters, shape, *place)[letters.index(letter)])
+
+
+def ways(names: tuple[str, ...]) -> int:
+    """In how many parts these axes of the mesh of the enclosing `on` split."""
+    place = here()
+    return 1 if place is None else math.prod(place[0].shape[name] for name in names)
 
 
 @functools.cache
@@ -196,17 +224,19 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """Pin an activation to its place on the mesh of the enclosing `on`; without one, x itself."""
+def constrain(x: jax.Array, letters: str, **beside: int) -> jax.Array:
+    """Pin an activation to its place on the mesh of the enclosing `on`; without one, x itself.
+
+    `beside` are letters, and their sizes, that are not x's, and take what they would if they were: what a layer reads,
+    `constrain(x_BTD, "BTD", F=F)`, has T split as its h_BTF will have.
+    """
     place = here()
     if place is None or place[0].size == 1:
         return x
     mesh, rules = place
-    manual = set(jax.sharding.get_abstract_mesh().manual_axes)  # within a shard_map x is this device's part already
-    if manual:
-        rest = {letter: tuple(name for name in names(to) if name not in manual) for letter, to in rules.items()}
-        return jax.lax.with_sharding_constraint(x, spec(letters, x.shape, mesh, rest))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, x.shape, mesh, rules)))
+    to = PartitionSpec(*spec(letters + "".join(beside), (*x.shape, *beside.values()), mesh, rules)[: x.ndim])
+    inside = jax.sharding.get_abstract_mesh().manual_axes  # of a shard_map, whose mesh is not this one
+    return jax.lax.with_sharding_constraint(x, to if inside else NamedSharding(mesh, to))
 
 
 def cut(letters: str) -> tuple[str, str]:

@@ -37,7 +37,16 @@ def test_a_shape_that_breaks_its_name_is_an_error_with_both():
 def test_one_table_places_parameters_and_activations(mesh):
     assert axes.spec("DNH", (8, 4, 2), mesh) == P("fsdp", "tensor", None)
     assert axes.spec("DNH", (3, 8, 4, 2), mesh) == P(None, "fsdp", "tensor", None), "stacked layers"
-    assert axes.spec("BTD", (8, 16, 8), mesh) == P(("data", "fsdp"), None, None), "B took fsdp, so D goes without"
+    assert axes.spec("BTD", (8, 16, 8), mesh) == P(("data", "fsdp"), "tensor", None), "B took fsdp, so D goes without"
+
+
+def test_tokens_are_split_by_what_the_other_letters_leave():
+    mesh = axes.mesh(sequence=2, tensor=2)
+    assert axes.spec("BTD", (8, 16, 8), mesh) == P("data", ("sequence", "tensor"), None)
+    assert axes.spec("BTF", (8, 16, 8), mesh) == P("data", "sequence", "tensor")
+    assert axes.spec("BNTH", (8, 2, 16, 4), mesh) == P("data", "tensor", "sequence", None)
+    assert axes.spec("BNTH", (8, 3, 16, 4), mesh) == P("data", None, ("sequence", "tensor"), None), "heads in no half"
+    assert axes.spec("BTD", (8, 6, 8), mesh) == P("data", "sequence", None), "as far as they divide it"
 
 
 def test_an_axis_that_does_not_divide_is_not_split_and_the_log_says_so_once(mesh, caplog):

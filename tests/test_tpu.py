@@ -26,14 +26,18 @@ MESHES = {
     "data": (1, dict(data=16)),
     "fsdp": (1, dict(data=2, fsdp=8)),
     "tensor": (1, dict(data=4, tensor=4)),
+    "sequence": (1, dict(data=4, sequence=4)),
+    "sequence, tensor and fsdp": (1, dict(fsdp=4, sequence=2, tensor=2)),
     "two slices": (2, dict(data=4, fsdp=2, tensor=4)),
 }
 
 
-SIMPLE = pytest.mark.endurance  # the other two split by all that these do
+SIMPLE = pytest.mark.endurance  # the others split by all that these do
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(m, marks=SIMPLE) if m in ("data", "fsdp") else m for m in MESHES])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(m, marks=SIMPLE) if m in ("data", "fsdp", "sequence") else m for m in MESHES]
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
     slices, sizes = MESHES[mesh]
@@ -43,10 +47,28 @@ def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
     assert parts.blueprint.config.dtype == "bfloat16"
     text = program.as_text()
     _attends_by_kernel(text)
-    _moves_parameters_only(text, parts.shapes["params"])
-    split = {"data": {}, "fsdp": {"fsdp"}, "tensor": {"tensor"}, "two slices": {"fsdp", "tensor"}}[mesh]
-    assert _axes_used(parts.shapes["params"]) == set(split)
+    _moves_parameters_and_states_only(text, parts.shapes["params"], sizes)
+    used = {axis for axis in ("fsdp", "tensor") if axis in sizes}
+    used |= {"sequence"} if model == "gpt2" and "sequence" in sizes else set()  # a table of positions has T, too
+    assert _axes_used(parts.shapes["params"]) == used
     assert "all-reduce" in text or "reduce-scatter" in text, "gradients are not summed over the mesh"
+    assert ("all-to-all" in text) == ("sequence" in sizes), "tokens are traded for heads where they are split"
+    if "tensor" in sizes and T // sizes["tensor"] * B % 8 == 0:
+        assert "all-reduce-scatter" in text or "reduce-scatter(" in text, "each device keeps the sums of its own tokens"
+
+
+@pytest.mark.endurance
+def test_rows_split_over_four_times_the_tpus_take_a_part_of_the_memory_of_each():
+    def memory(topology, sizes, attention):
+        model, optimizer = MODELS["llama"] | {"attention": attention}, dict(name="adamw")
+        config = dict(model=model, optimizer=optimizer, steps=10, batch=4, length=4096, mesh=sizes)
+        _, program = plan.compile_step(config, plan.devices(topology), words=Words.of_size(V))
+        assert ("collective-permute" in program.as_text()) == (attention == "ring")
+        return program.memory_analysis().temp_size_in_bytes
+
+    alone = memory("v5e:2x2", dict(data=4), "auto")
+    assert memory("v5e:4x4", dict(data=4, sequence=4), "alltoall") < alone / 4
+    assert memory("v5e:4x4", dict(data=4, sequence=4), "ring") < alone / 2
 
 
 # Every family, on a mesh that uses all three axes.
@@ -66,7 +88,7 @@ def test_every_other_family_compiles_for_a_tpu_split_by_data_fsdp_and_tensor(nam
         _attends_by_kernel(text)
     assert _axes_used(params) == {"fsdp", "tensor"}
     assert "all-reduce" in text or "reduce-scatter" in text, "gradients are not summed over the mesh"
-    _moves_parameters_only(text, params)
+    _moves_parameters_and_states_only(text, params, COMBINED)
 
 
 def _step(section, devices):
@@ -97,17 +119,19 @@ def _attends_by_kernel(text):
     assert len(calls) >= 2, "attention is no kernel, forward or backward"
 
 
-def _moves_parameters_only(text, params):
-    """Nothing is gathered that is larger than one layer's largest matrix (a stack of layers, all devices' tokens), and
-    no logits are sent around, whole or a device's part.
+def _moves_parameters_and_states_only(text, params, sizes):
+    """Nothing is gathered that is larger than one layer's largest matrix or the states of the tokens that a layer has
+    on a device (a stack of layers, all devices' tokens), and no logits are sent around, whole or a device's part.
     """
+    rows, tokens = (math.prod(sizes.get(axis, 1) for axis in some) for some in (("data", "fsdp"), ("sequence",)))
     shapes = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
     largest = max(math.prod(shape[1:] if "blocks" in name else shape) for name, shape in shapes.items())
+    largest = max(largest, B // rows * T // tokens * SIZES["width"])
     for types, kind in re.findall(r"= ([^=]*?) (all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(", text):
         for shape in re.findall(r"\w+\[([\d,]*)\]", types):
-            sizes = [int(n) for n in shape.split(",") if n]
-            assert kind == "all-reduce" or math.prod(sizes) <= largest, f"{kind} of {sizes}"
-            assert not {V, V // 4} & set(sizes) or math.prod(sizes) <= largest, f"{kind} of {sizes}: logits"
+            lengths = [int(n) for n in shape.split(",") if n]
+            assert kind == "all-reduce" or math.prod(lengths) <= largest, f"{kind} of {lengths}"
+            assert not {V, V // 4} & set(lengths) or math.prod(lengths) <= largest, f"{kind} of {lengths}: logits"
 
 
 def _axes_used(params):

@@ -65,6 +65,7 @@ class ReluMLP(nnx.Module):
 
     @shaped
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = axes.constrain(x_BTD, "BTD", F=self.in_DF.shape[1])
         return dense(axes.constrain(jax.nn.relu(dense(x_BTD, self.in_DF)), "BTF"), self.down_FD)
 
 

@@ -4,6 +4,7 @@
 
 `xla` is the reference: B x N x T x S scores exist. `chunked` keeps memory linear in T. `splash` is the TPU's kernel,
 `triton` the GPU's. Each honours every field of the mask that it accepts, and `auto` never picks one that does not.
+Where the tokens of a row are split over devices, `ring` and `alltoall` say how (`nn.context`), or `auto` does.
 Heads lie in front of tokens, and query heads that share a key/value head lie together, so every product is one batched
 product over (B K).
 """
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxlm import axes, lookup
 from jaxlm.axes import shaped
-from jaxlm.nn import positions, splash, triton
+from jaxlm.nn import context, positions, splash, triton
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import dense, normal, zeros
 from jaxlm.nn.mask import Mask, ahead, visible
@@ -183,9 +184,11 @@ def attend(
     backend, or one that cannot honour the mask, the shape or what is done to the scores.
     """
     asked = q_BNTH.shape, k_BKSH.shape, mask, cap, bias is not None
-    if backend == "auto":
+    if backend in ("auto", *context.WAYS):
+        if context.split(q_BNTH.shape, k_BKSH.shape, mask):
+            return context.attend(q_BNTH, k_BKSH, v_BKSH, mask, backend, cap, bias, attend)
         backend = choose(*asked)
-    compute = lookup.key("config.model.attention", backend, BACKENDS)
+    compute = lookup.key("config.model.attention", backend, BACKENDS | dict.fromkeys(("auto", *context.WAYS)))
     if backend not in KERNELS:
         return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap, bias)
     if reason := KERNELS[backend].refuses(*asked):
@@ -235,7 +238,7 @@ class Attention(nnx.Module):
         k_BKTH, v_BKTH = self.keys_values(x_BTD)
         if angles is not None:
             q_BNTH, k_BKTH = positions.rotate(q_BNTH, angles), positions.rotate(k_BKTH, angles)
-        k_BKSH, v_BKSH = axes.constrain(k_BKTH, "BKTH"), axes.constrain(v_BKTH, "BKTH")
+        k_BKSH, v_BKSH = (axes.constrain(x, "BKTH", N=q_BNTH.shape[1]) for x in (k_BKTH, v_BKTH))
         if cache is not None and layer is not None:
             cache = cache.write(layer, k_BKTH, v_BKTH)
             k_BKSH, v_BKSH = cache.read(layer)
@@ -257,12 +260,16 @@ class Attention(nnx.Module):
     @shaped
     def keys_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, K, T, H] of these tokens."""
+        x_BTD = self._gathered(x_BTD)
         k_BKTH = dense(x_BTD, self.wk_DKH, self.bias_k_KH).transpose(0, 2, 1, 3)
         v_BKTH = dense(x_BTD, self.wv_DKH, self.bias_v_KH).transpose(0, 2, 1, 3)
         return (k_BKTH if self.k_norm is None else self.k_norm(k_BKTH)), v_BKTH
 
+    def _gathered(self, x_BTD: jax.Array) -> jax.Array:
+        return axes.constrain(x_BTD, "BTD", N=self.wo_NHD.shape[0])
+
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
-        q_BNTH = dense(x_BTD, self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
+        q_BNTH = dense(self._gathered(x_BTD), self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
         if self.q_norm is not None:
             q_BNTH = self.q_norm(q_BNTH)
         return q_BNTH if self.rescale is None else q_BNTH * self.rescale

@@ -46,7 +46,7 @@ def run(local: Local, q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, m
     if place is not None and place[0].size > 1:
         mesh, rules = place
         heads = axes.spec("BKSH", k.shape, mesh, rules)  # K decides: a query head must sit with its key/value head
-        rows = axes.spec("BT", segments[0].shape, mesh, rules)
+        rows = axes.spec("B_", segments[0].shape, mesh, rules)
         places = (heads, heads, heads, (rows, rows))
         local = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
         q, k, v = (jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*heads))) for x in (q, k, v))

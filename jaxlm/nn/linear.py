@@ -60,16 +60,21 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, axes: int = 1) ->
     """Contract the last `axes` axes of x with the first ones of w, computed in x's dtype, and add the bias."""
     weight = _value(w)
     lead = x.shape[: x.ndim - axes]
-    x = x.reshape(math.prod(lead), -1)
+    x = x.reshape(*flat(lead), -1)
     if isinstance(weight, Paired):
         y, outer = _against_pairs(x, weight.pairs).astype(x.dtype), weight.outer
     elif isinstance(weight, Turned):
         y, outer = _against_rows(x, weight.matrix).astype(x.dtype), weight.outer
     else:
-        y, outer = _product(x, weight.reshape(x.shape[1], -1)), weight.shape[axes:]
+        y, outer = _product(x, weight.reshape(x.shape[-1], -1)), weight.shape[axes:]
     if bias is not None:  # rounded once it is spread, so that its gradient is summed in float32
-        y = y + jnp.broadcast_to(_value(bias).reshape(1, -1), y.shape).astype(x.dtype)
+        y = y + jnp.broadcast_to(jnp.expand_dims(_value(bias).reshape(-1), range(y.ndim - 1)), y.shape).astype(x.dtype)
     return y.reshape(*lead, *outer)
+
+
+def flat(lead: tuple[int, ...]) -> tuple[int, ...]:
+    """B x T as one axis; as they are where devices split T, since that one axis could not be split so."""
+    return lead if len(lead) == 2 and axes.splitting("T", "BT", lead) else (math.prod(lead),)
 
 
 class Head(NamedTuple):
@@ -84,9 +89,9 @@ class Head(NamedTuple):
         B, T, D = x_BTD.shape
         against = _against_rows if not isinstance(self.table_VD, Paired) else _against_pairs
         table = self.table_VD.pairs if isinstance(self.table_VD, Paired) else self.table_VD
-        y = against(x_BTD.reshape(B * T, D), table).astype(jnp.float32)
+        y = against(x_BTD.reshape(*flat((B, T)), D), table).astype(jnp.float32)
         if self.bias_V is not None:
-            y = y + self.bias_V[None]
+            y = y + jnp.expand_dims(self.bias_V, range(y.ndim - 1))
         return (y if self.cap is None else self.cap * jnp.tanh(y / self.cap)).reshape(B, T, -1)
 
 
@@ -96,7 +101,8 @@ def _value(w: Weight) -> Any:
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     """[tokens, inner], [inner, outer] -> [tokens, outer] in x's dtype."""
-    return _half_product(x, w) if x.dtype == jnp.bfloat16 and axes.platform() == "cpu" else x @ w.astype(x.dtype)
+    half = x.dtype == jnp.bfloat16 and x.ndim == 2 and axes.platform() == "cpu"
+    return _half_product(x, w) if half else x @ w.astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -128,11 +134,11 @@ def _summed(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 def _against_rows(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """[tokens, inner], [outer, inner] -> [tokens, outer]; said so, and not with a transpose, XLA copies nothing."""
     if x.dtype != jnp.bfloat16 or axes.platform() != "cpu":
-        return jax.lax.dot_general(x, matrix.astype(x.dtype), (((1,), (1,)), ((), ())))
+        return jax.lax.dot_general(x, matrix.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
     rows = (
         jnp.concatenate([x, x]) if len(x) == 1 else x
     )  # a single row is a vector to XLA, which has no fast way for it
-    return _summed(rows, matrix.astype(x.dtype), 1, 1)[: len(x)]
+    return _summed(rows, matrix.astype(x.dtype), x.ndim - 1, 1)[: len(x)]
 
 
 def _against_pairs(x: jax.Array, pairs: jax.Array) -> jax.Array:
@@ -163,9 +169,11 @@ def stream(dtype: Any) -> jnp.dtype:
 
 def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a table: [B, T, D], the residual stream of a model that computes in `dtype`. The table is gathered along
-    D first, where it is split, since B takes those mesh axes.
+    D first, where it is split, since B takes those mesh axes; along V it stays as it is, and what each part finds is
+    summed.
     """
-    return axes.constrain(axes.constrain(table_VD[...].astype(stream(dtype)), "V_")[tokens_BT], "BTD")
+    x_BTD = axes.constrain(table_VD[...].astype(stream(dtype)), "V_")[tokens_BT]
+    return axes.constrain(axes.constrain(x_BTD, "BTD", V=len(table_VD)), "BTD")
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -54,9 +54,7 @@ def cross_entropy(
 
 def tokens_at_once(rows: int, vocab: int) -> int:
     """How many tokens of each of so many rows have their logits in memory together, by what a device has of both."""
-    place = axes.here()
-    if place is not None:
-        rows, vocab = (-(-n // axes.ways(axes.spec(letter, (n,), *place))) for letter, n in (("B", rows), ("V", vocab)))
+    rows, vocab = (n // axes.ways(axes.splitting(axis, axis, (n,))) for axis, n in (("B", rows), ("V", vocab)))
     if axes.platform() == "cpu":
         return max(1, LOGITS_AT_ONCE // (rows * vocab))
     return 1 << max(7, (ACCELERATED // (rows * vocab)).bit_length() - 1)  # what is no power takes minutes to compile

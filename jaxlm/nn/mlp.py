@@ -23,6 +23,7 @@ class MLP(nnx.Module):
 
     @axes.shaped
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = axes.constrain(x_BTD, "BTD", F=self.up_DF.shape[1])
         h_BTF = axes.constrain(self.activation(dense(x_BTD, self.up_DF, self.bias_F)), "BTF")
         return dense(h_BTF, self.down_FD, self.bias_D)
 
@@ -37,6 +38,7 @@ class GatedMLP(nnx.Module):
 
     @axes.shaped
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = axes.constrain(x_BTD, "BTD", F=self.up_DF.shape[1])
         h_BTF = axes.constrain(self.activation(dense(x_BTD, self.gate_DF)) * dense(x_BTD, self.up_DF), "BTF")
         return dense(h_BTF, self.down_FD)
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import axes
 from jaxlm.axes import shaped
-from jaxlm.nn.linear import dense, normal
+from jaxlm.nn.linear import dense, flat, normal
 
 
 class Routing(NamedTuple):
@@ -45,7 +45,8 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """The experts' weighted sum [B, T, D], and the router's terms of the loss over the tokens that are `real`."""
         B, T, D = x_BTD.shape
-        x = x_BTD.reshape(B * T, D)
+        x = x_BTD.reshape(*flat((B, T)), D)
+        tokens = tuple(range(x.ndim - 1))
         score = dense(x.astype(jnp.float32), self.router_DE)
         prob = jax.nn.softmax(score, axis=-1)
         weight, expert = jax.lax.top_k(prob, self.chosen)  # [tokens, chosen]
@@ -55,33 +56,43 @@ class MoE(nnx.Module):
         matrices = (w[...].astype(x.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
         place = axes.here()
         alone = axes.platform() == "cpu" and (place is None or place[0].size == 1)
-        mixed = _in_parts(B, E, F) if not alone else _picked if expert.size < E else _all
+        mixed = _in_parts(B, T, E, F) if not alone else _picked if expert.size < E else _all
         y = mixed(x, weight.astype(x.dtype), expert, *matrices).reshape(B, T, D)
-        real = jnp.ones(B * T) if real_BT is None else real_BT.reshape(-1).astype(jnp.float32)
-        real = (real / jnp.maximum(real.sum(), 1.0))[:, None]
+        real = jnp.ones(x.shape[:-1]) if real_BT is None else real_BT.reshape(x.shape[:-1]).astype(jnp.float32)
+        real = (real / jnp.maximum(real.sum(), 1.0))[..., None]
         share = jnp.zeros(E).at[expert].add(jnp.broadcast_to(real, expert.shape) / self.chosen)
-        balance = E * (share * (prob * real).sum(axis=0)).sum()
-        z = (jnp.square(jax.nn.logsumexp(score, axis=-1)) * real[:, 0]).sum()
+        balance = E * (share * (prob * real).sum(axis=tokens)).sum()
+        z = (jnp.square(jax.nn.logsumexp(score, axis=-1)) * real[..., 0]).sum()
         return axes.constrain(y, "BTD"), Routing(balance, z)
 
 
-def _in_parts(B: int, E: int, F: int) -> Callable[..., jax.Array]:
-    """`_mixed`, on each device for the tokens of those of B rows that it has, by its part of F: what the parts make of
-    a token is summed once. How the experts themselves are split is left open.
+def _in_parts(B: int, T: int, E: int, F: int) -> Callable[..., jax.Array]:
+    """`_mixed`, on each device for the tokens of B x T that it has, by its part of F: what the parts make of a token is
+    summed once. How the experts themselves are split is left open.
     """
     place = axes.here()
-    rows, _, parts = (None, None, None) if place is None else axes.spec("BEF", (B, E, F), *place)
-    names = {name for to in (rows, parts) for name in ((to,) if isinstance(to, str) else to or ())}
-    if place is None or not names:
+    if place is None:
         return _mixed
+    rows, some, _, parts = axes.spec("BTEF", (B, T, E, F), *place)
+    names = {name for to in (rows, some, parts) for name in ((to,) if isinstance(to, str) else to or ())}
+    if not names:
+        return _mixed
+    spread = axes.splitting("T", "BT", (B, T))
+    shared = parts in spread  # devices have parts of all that they have between them, and tokens of their own before
+    ours = PartitionSpec(rows, spread if shared else some) if spread else PartitionSpec(rows)
 
     def mixed(x, weight, expert, gate_EDF, up_EDF, down_EFD):
-        if parts is not None:  # said here, its gradient is summed here: once a token, not once an expert
+        if shared:
+            x, weight, expert = (jax.lax.all_gather(a, parts, axis=1, tiled=True) for a in (x, weight, expert))
+        elif parts is not None:  # said here, its gradient is summed here: once a token, not once an expert
             x, weight = (jax.lax.pcast(a, parts, to="varying") for a in (x, weight))
-        y = _mixed(x, weight, expert, gate_EDF, up_EDF, down_EFD)
+        rows, weight, expert = (a.reshape(-1, a.shape[-1]) for a in (x, weight, expert))
+        y = _mixed(rows, weight, expert, gate_EDF, up_EDF, down_EFD).reshape(x.shape)
+        if shared:
+            return jax.lax.psum_scatter(y, parts, scatter_dimension=1, tiled=True)
         return y if parts is None else jax.lax.psum(y, parts)
 
-    ours, into, out = PartitionSpec(rows), PartitionSpec(None, None, parts), PartitionSpec(None, parts)
+    into, out = PartitionSpec(None, None, parts), PartitionSpec(None, parts)
     return jax.shard_map(
         mixed, mesh=place[0], in_specs=(ours, ours, ours, into, into, out), out_specs=ours, axis_names=names
     )

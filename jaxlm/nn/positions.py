@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import lookup
+from jaxlm import axes, lookup
 from jaxlm.axes import shaped
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import normal
@@ -22,9 +22,10 @@ from jaxlm.nn.linear import normal
 @shaped
 def restart(segments_BT: jax.Array) -> jax.Array:
     """Positions [B, T] that count from 0 within each run of equal segment numbers."""
+    segments_BT = axes.constrain(segments_BT, "B_")  # each counts what is before it: devices have rows of ids whole
     index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
     fresh_BT = jnp.concatenate([jnp.ones_like(segments_BT[:, :1]), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
-    return index_BT - jax.lax.cummax(jnp.where(fresh_BT > 0, index_BT, 0), axis=1)
+    return axes.constrain(index_BT - jax.lax.cummax(jnp.where(fresh_BT > 0, index_BT, 0), axis=1), "B_")
 
 
 def of(tokens_BT: jax.Array, segments_BT: jax.Array | None = None, cache: Cache | None = None) -> jax.Array:

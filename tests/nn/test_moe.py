@@ -52,15 +52,18 @@ def test_what_devices_share_of_an_expert_is_summed_once_a_token():
         placed = jax.device_put(params, axes.shardings(params, mesh))
         x_BTD = axes.put({"x": np.ones((4, 32, D), np.float32)}, 4, mesh)["x"]
         text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(placed, x_BTD).compile().as_text()
-    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in _summed(text)]
-    a_token = 4 * 32 // 2 * D
-    assert sizes.count(a_token) == 2 and max(sizes) == a_token, sizes
+    tokens = 4 * 32 // 2 // 4  # of one device, which keeps their sums alone
+    assert sorted(_sizes(text, "reduce-scatter")) == [tokens * 2, tokens * D, tokens * D], (
+        "2: the weights of the chosen"
+    )
+    assert max(_sizes(text, "all-reduce")) <= 4 * D * 16 // 4, "the gradients of parameters alone are summed whole"
 
 
-def _summed(program):
-    """The shapes of what is summed over devices."""
-    lines = re.findall(r"= (.*?) all-reduce(?:-start)?\(", program)
-    return [shape for line in lines for shape in re.findall(r"\w+\[([\d,]+)\]", line)]
+def _sizes(program, kind):
+    """How many elements come out of each collective of a kind."""
+    lines = re.findall(rf"= (.*?) {kind}(?:-start)?\(", program)
+    shapes = [shape for line in lines for shape in re.findall(r"\w+\[([\d,]+)\]", line)]
+    return [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
 
 
 def test_no_token_is_dropped_when_all_choose_one_expert():
