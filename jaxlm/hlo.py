@@ -16,6 +16,8 @@ import re
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "token": 0, "bf16": 2, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
+HELPERS = ("jaxlm/nn/linear.py", "jaxlm/axes.py")  # that others call: of them it is the caller that is told
+
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)", re.DOTALL)
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
@@ -190,15 +192,15 @@ class _Places:
 
     def of(self, frame: int) -> str:
         """The innermost line of jaxlm's own on the stack that is no `dense` of all, else the innermost one."""
-        number, seen, first = str(frame), set(), ""
-        while number in self.frames and number not in seen:
-            seen.add(number)
-            location, number = self.frames[number]
+        number, first = frame, ""
+        while str(number) in self.frames:
+            location, parent = self.frames[str(number)]
             file, line = self.locations.get(location, ("", "0"))
             place = _short(self.files.get(file, "?"), line)
             first = first or place
-            if place.startswith("jaxlm/") and not place.startswith("jaxlm/nn/linear.py"):
+            if place.startswith("jaxlm/") and not place.startswith(HELPERS):
                 return place
+            number = int(parent or 0) - 1  # they count from 1, the outermost having itself
         return first
 
     def written(self, rest: str) -> str:
