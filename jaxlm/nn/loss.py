@@ -40,13 +40,12 @@ def cross_entropy(
     B, T, _ = x_BTD.shape
     V = head.table_VD.shape[0]
     parts = axes.ways(axes.splitting("T", "BTD", x_BTD.shape))  # of each row, on devices of their own
-    if chunk is None:
-        chunk = parts * LOGITS_AT_ONCE // (B * V)
-    T, chunk = T // parts, max(1, chunk // parts)
-    chunk = -(-T // -(-T // min(chunk, T)))  # as few chunks, as even as possible
+    some = LOGITS_AT_ONCE // (B * V) if chunk is None else chunk // parts
+    T, some = T // parts, max(1, some)
+    some = -(-T // -(-T // min(some, T)))  # as few chunks, as even as possible
     weights = weights_BT.astype(jnp.float32)
     loss, nll, correct = _summed(
-        x_BTD, head.table_VD, head.bias_V, labels_BT, weights, head.cap, label_smoothing, z_loss, (parts, chunk)
+        x_BTD, head.table_VD, head.bias_V, labels_BT, weights, head.cap, label_smoothing, z_loss, (parts, some)
     )
     return Sums(loss, nll, correct, weights.sum())
 
