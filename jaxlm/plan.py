@@ -6,7 +6,8 @@
 
 The topology is a TPU's (v4, v5e, v5p, v6e, tpu7x) and needs libtpu: pip install "jaxlm[tpu]". Without one, the devices
 of this machine. Nothing is allocated: weights and batch are shapes. --search tries meshes, batch sizes and what the
-backward pass keeps, and ranks what fits. --json prints one object a plan.
+backward pass keeps, and ranks what fits. --price, of a chip-hour, tells what the config's steps cost. --json prints one
+object a plan.
 
 The time is what the TPU's compiler expects of each operation (it writes estimated cycles into its program, none for
 attention kernels), the attention kernels' FLOPs, and what devices send each other while nothing else runs.
@@ -72,7 +73,8 @@ class Plan:
     roofline_seconds: float | None
     tokens_per_second_per_device: float | None
     mfu: float | None
-    days: float | None
+    days: float | None  # for the config's steps
+    dollars: float | None  # for them, where a price is given
     input_bytes_per_second: float | None  # of all hosts together
     compile_seconds: float
     operations: list[dict[str, Any]]
@@ -118,8 +120,12 @@ def compile_step(
     return parts, lowered.compile()
 
 
-def make(config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1) -> Plan:
-    """Compile and weigh the train step. Raises `Mistake` when it does not fit, with the compiler's figures."""
+def make(
+    config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1, price: float = 0.0
+) -> Plan:  # fmt: skip
+    """Compile and weigh the train step; `price` is of a chip-hour. Raises `Mistake` when it does not fit, with the
+    compiler's figures.
+    """
     begun = time.perf_counter()
     parts, batch, lowered = lower_step(config, where, words=words, slices=slices)
     try:
@@ -148,6 +154,7 @@ def make(config: Mapping[str, Any], where: list[Any], *, words: Words, slices: i
         seconds and tokens / mesh.size / seconds,
         seconds and chip and flops * tokens / mesh.size / seconds / chip.flops,
         seconds and seconds * config["steps"] / 86_400,
+        (seconds and price and seconds * config["steps"] / 3_600 * _chips(where) * price) or None,
         seconds and sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values()) / seconds,
         took, cost.dearest(10) if cost else [], cost.sent() if cost else [],
     )  # fmt: skip
@@ -168,6 +175,11 @@ def _too_large(text: str) -> Mistake | Exception:
             "config.model.remat=full, or more devices under config.mesh.fsdp; --search tries them"
         )
     return Mistake(text.splitlines()[0])
+
+
+def _chips(where: list[Any]) -> int:
+    """How many chips the devices are; of some kinds, a chip is two."""
+    return len({(getattr(d, "slice_index", 0), *d.coords) for d in where})
 
 
 def _torus(where: list[Any]) -> tuple[int, ...]:
@@ -239,7 +251,9 @@ class _Cost:
         return " x ".join(names) or "all"
 
 
-def search(config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1) -> Iterator[Plan | str]:
+def search(
+    config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1, price: float = 0.0
+) -> Iterator[Plan | str]:
     """Plans of the config on other meshes, by other remat policies and with half and double the batch; of what fails,
     why. A larger batch than one that does not fit is not tried.
     """
@@ -254,7 +268,7 @@ def search(config: Mapping[str, Any], where: list[Any], *, words: Words, slices:
             tried = {**config, "batch": batch, "mesh": mesh, "model": {**config["model"], "remat": remat}}
             name = f"fsdp {fsdp}, tensor {tensor}, remat {remat}, batch {batch}"
             try:
-                yield make(tried, where, words=words, slices=slices)
+                yield make(tried, where, words=words, slices=slices, price=price)
             except Mistake as mistake:
                 yield f"{name}: {mistake}"
                 break
@@ -285,7 +299,7 @@ def show(plan: Plan, console: Console) -> None:
             "sending, while nothing else runs": f"{plan.exposed_seconds:.3f} s",
             "tokens/s a device": f"{plan.tokens_per_second_per_device:,.0f}",
             "MFU": f"{plan.mfu:.1%}",
-            "the config's steps take": f"{plan.days:.2f} days",
+            "the config's steps take": f"{plan.days:.2f} days" + (f", {plan.dollars:,.0f} $" if plan.dollars else ""),
             "input, all hosts": f"{(plan.input_bytes_per_second or 0) / 1e6:.1f} MB/s",
         }
     for label, text in (rows | {"compiled in": f"{plan.compile_seconds:.1f} s"}).items():
@@ -318,17 +332,17 @@ def _words(config: Mapping[str, Any]) -> Words:
 
 def main(argv: list[str]) -> None:
     """Read the command line, compile, print what a device holds and what a step takes."""
-    args = configs.parse(__doc__ or "", argv, workdir=None, topology="", slices=1, search=False, json=False)
+    args = configs.parse(__doc__ or "", argv, workdir=None, topology="", slices=1, price=0.0, search=False, json=False)
     config = args.config.to_dict()
     words = _words(config)
     if args.topology:
         jax.config.update("jax_platforms", "cpu")  # those that the program is for are not here
     where, console = devices(args.topology, args.slices) if args.topology else jax.devices(), Console()
     if not args.search:
-        plans = [make(config, where, words=words, slices=args.slices)]
+        plans = [make(config, where, words=words, slices=args.slices, price=args.price)]
     else:
         plans = []
-        for plan in search(config, where, words=words, slices=args.slices):
+        for plan in search(config, where, words=words, slices=args.slices, price=args.price):
             told = plan if isinstance(plan, str) else f"{_mesh(plan)}, {plan.remat}, {plan.batch}: fits"
             console.print(told, highlight=False)
             plans += [plan] if isinstance(plan, Plan) else []

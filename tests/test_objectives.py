@@ -167,7 +167,7 @@ def test_it_overfits_one_batch(name, options):
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_devices_sum_what_one_does(name):
     for kind in module(name).KINDS:
-        one, model, mesh = task(name, {}, kind), blueprint(kind), axes.mesh(data=2, fsdp=2, tensor=2)
+        one, model, mesh = task(name, {}, kind), blueprint(kind), axes.mesh(fsdp=2, sequence=2, tensor=2)
         batch, params = next(batches(one)), blueprint(kind).init(1)
         measure = lambda params, batch: one.loss(model.bind(params), batch, None)  # noqa: B023, E731
         want = jax.jit(measure)(params, {key: jnp.asarray(x) for key, x in batch.items()})

@@ -26,7 +26,7 @@ def get_config(size="full"):
 
 def test_a_plan_tells_memory_time_operations_and_what_is_sent(tmp_path, capsys):
     (tmp_path / "config.py").write_text(CONFIG)
-    plan.main([f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", "--json"])
+    plan.main([f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", "--price=1.5", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["devices"] == 4 and told["mesh"]["fsdp"] == 4
     assert (
@@ -38,6 +38,7 @@ def test_a_plan_tells_memory_time_operations_and_what_is_sent(tmp_path, capsys):
     assert told["roofline_seconds"] < told["step_seconds"] and 0 < told["mfu"] < 1
     assert told["tokens_per_second_per_device"] == pytest.approx(16 * 256 / 4 / told["step_seconds"])
     assert told["days"] == pytest.approx(1_000 * told["step_seconds"] / 86_400)
+    assert told["dollars"] == pytest.approx(told["days"] * 24 * 4 * 1.5)
     assert len(told["operations"]) == 10 and any(op["source"].startswith("jaxlm/") for op in told["operations"])
     assert all(sent["axes"] == "fsdp" for sent in told["collectives"] if sent["kind"] != "collective-permute")
 

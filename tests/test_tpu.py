@@ -53,7 +53,7 @@ def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
     assert _axes_used(parts.shapes["params"]) == used
     assert "all-reduce" in text or "reduce-scatter" in text, "gradients are not summed over the mesh"
     assert ("all-to-all" in text) == ("sequence" in sizes), "tokens are traded for heads where they are split"
-    if "tensor" in sizes and T // sizes["tensor"] * B % 8 == 0:
+    if "tensor" in sizes:
         assert "all-reduce-scatter" in text or "reduce-scatter(" in text, "each device keeps the sums of its own tokens"
 
 

@@ -94,7 +94,7 @@ def test_another_seed_is_another_run(store, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(dict(data=8), marks=pytest.mark.endurance), dict(data=2, fsdp=2, tensor=2)]
+    "mesh", [pytest.param(dict(data=8), marks=pytest.mark.endurance), dict(fsdp=2, sequence=2, tensor=2)]
 )
 def test_it_resumes_on_eight_devices_with_the_same_losses(store, whole, tmp_path, mesh):
     train.train(str(tmp_path), store=store, **settings(steps=5))

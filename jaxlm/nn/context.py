@@ -67,8 +67,8 @@ def attend(
     parts = heads if way == "ring" else heads + over  # what heads are split by while attention is computed
     K = k_BKSH.shape[1]
     k, v = (jnp.repeat(x, math.lcm(K, axes.ways(parts)) // K, axis=1) for x in (k_BKSH, v_BKSH))
-    graph, params = (None, {}) if bias is None else nnx.split(bias)
-    params = nnx.to_pure_dict(params) if graph else params
+    graph, state = (None, None) if bias is None else nnx.split(bias)
+    params = {} if state is None else nnx.to_pure_dict(state)
     rows = axes.spec("B", q_BNTH.shape[:1], *place)
     tokens = PartitionSpec(*rows, heads or None, over)
     by_name = lambda path, _: PartitionSpec(*(parts if x == "N" else None for x in axes.of(axes.name_of(path)) or ""))  # noqa: E731
@@ -131,13 +131,14 @@ def _ring(q, k, v, mask: Mask, params, *, over, devices, cap, graph) -> jax.Arra
     """On each device: its queries over the keys and values of all, which come by."""
     (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
     ordered = mask.causal and mask.window is None and mask.keys_BS is None
-    near = mask.window is not None and mask.causal and mask.prefix_BT is None  # only devices just before are seen
-    turns = min(devices, 1 - (1 - mask.window) // S) if near else devices
+    turns = devices
+    if mask.window is not None and mask.causal and mask.prefix_BT is None:  # devices just before are seen, no others
+        turns = min(devices, 1 - (1 - mask.window) // S)
     how = Ring(over, devices, turns, ordered and T == S and T % 2 == 0, T, S, cap, graph)
     q = (q * H**-0.5).reshape(B, K, N // K, T, H)
     if how.folded:
         q, k, v = (_fold(x, how) for x in (q, k, v))
-    out = _around(how, q, k, v, mask, params)
+    out = jnp.asarray(_around(how, q, k, v, mask, params))
     return (_unfold(out, how) if how.folded else out).reshape(B, N, T, H)
 
 

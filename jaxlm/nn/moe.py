@@ -86,8 +86,8 @@ def _in_parts(B: int, T: int, E: int, F: int) -> Callable[..., jax.Array]:
             x, weight, expert = (jax.lax.all_gather(a, parts, axis=1, tiled=True) for a in (x, weight, expert))
         elif parts is not None:  # said here, its gradient is summed here: once a token, not once an expert
             x, weight = (jax.lax.pcast(a, parts, to="varying") for a in (x, weight))
-        rows, weight, expert = (a.reshape(-1, a.shape[-1]) for a in (x, weight, expert))
-        y = _mixed(rows, weight, expert, gate_EDF, up_EDF, down_EFD).reshape(x.shape)
+        tokens, weight, expert = (a.reshape(-1, a.shape[-1]) for a in (x, weight, expert))
+        y = _mixed(tokens, weight, expert, gate_EDF, up_EDF, down_EFD).reshape(x.shape)
         if shared:
             return jax.lax.psum_scatter(y, parts, scatter_dimension=1, tiled=True)
         return y if parts is None else jax.lax.psum(y, parts)

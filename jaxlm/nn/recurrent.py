@@ -89,8 +89,9 @@ class Recurrent(nnx.Module):
             zeros_BD = axes.constrain(jnp.zeros((B, D)), "BD")
             state = zeros_BD, zeros_BD if CELLS[self.cell].memory else None
         into, weight = (_whole(w.get_value(), x_BTD.dtype) for w in (self.input_DGF, self.recur_DGF))
+        x_BTD = axes.constrain(x_BTD, "B__")  # one token after another: T is whole
         product = jax.vmap(lambda x_BD: dense(x_BD, into, self.bias_GF))  # one, over T and B as they are split
-        wx_TBGF = axes.constrain(product(x_BTD.swapaxes(0, 1)), "_BG_")  # one token after another: T is whole
+        wx_TBGF = axes.constrain(product(x_BTD.swapaxes(0, 1)), "_BG_")
         fresh_TB = None if segments_BT is None else _fresh(segments_BT).T
         h_BTD, c_BTD = jax.tree.map(lambda x: x.swapaxes(0, 1), _states(self.cell, wx_TBGF, weight, state, fresh_TB))
         if cache is not None and layer is not None:

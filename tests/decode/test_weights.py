@@ -20,7 +20,7 @@ def test_a_turned_weight_multiplies_as_it_did(name, inner):
     laid = lay({"blocks": {"attn": {name: stack}}}, "float32")["blocks"]["attn"][name]
     assert len(laid) == 3 and all(isinstance(weight, Turned) for weight in laid)
     for layer, weight in enumerate(laid):
-        np.testing.assert_allclose(dense(x, weight, axes=inner), dense(x, stack[layer], axes=inner), atol=1e-5)
+        np.testing.assert_allclose(dense(x, weight, over=inner), dense(x, stack[layer], axes=inner), atol=1e-5)
 
 
 @pytest.mark.parametrize("name, inner", [("wq_DNH", 1), ("wo_NHD", 2), ("up_DF", 1), ("down_FD", 1)])
@@ -32,8 +32,8 @@ def test_pairs_of_bfloat16_multiply_a_row_as_they_did_and_round_nothing(name, in
     assert len(laid) == 3 and all(isinstance(weight, Paired) for weight in laid)
     for layer, weight in enumerate(laid):
         rounded = stack[layer].astype(jnp.bfloat16).astype(jnp.float32)
-        want = dense(x.astype(jnp.float32), rounded, axes=inner)
-        np.testing.assert_allclose(dense(x, weight, axes=inner), want.astype(jnp.bfloat16), rtol=2**-7, atol=1e-5)
+        want = dense(x.astype(jnp.float32), rounded, over=inner)
+        np.testing.assert_allclose(dense(x, weight, over=inner), want.astype(jnp.bfloat16), rtol=2**-7, atol=1e-5)
 
 
 def test_a_head_of_pairs_gives_the_logits_of_its_table():

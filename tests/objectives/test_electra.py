@@ -65,7 +65,7 @@ def test_a_draw_depends_on_the_row_alone_and_not_on_how_many_are_made_at_once(mo
     head, x_BTD = Head(jax.random.normal(jax.random.key(0), (50, 4))), jax.random.normal(jax.random.key(1), (6, 7, 4))
     whole = electra._draw(head, x_BTD, jnp.arange(6))
     np.testing.assert_array_equal(electra._draw(head, x_BTD[2:4], jnp.arange(2, 4)), whole[2:4])
-    monkeypatch.setattr(electra, "LOGITS_AT_ONCE", 6 * 50 * 3)
+    monkeypatch.setattr(electra, "tokens_at_once", lambda rows, vocab: 3)
     np.testing.assert_array_equal(electra._draw(head, x_BTD, jnp.arange(6)), whole)
 
 
