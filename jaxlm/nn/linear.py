@@ -60,18 +60,15 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, over: int = 1) ->
     """Contract the last `over` axes of x with the first ones of w, computed in x's dtype, and add the bias."""
     weight = _value(w)
     lead = x.shape[: x.ndim - over]
-    matrix = axes.platform() == "cpu" or isinstance(weight, Paired | Turned)
-    if not matrix:  # a TPU's compiler then chooses layouts that need no copies: a Llama's step takes 7 % less
-        y, outer = jnp.tensordot(x, weight.astype(x.dtype), over), weight.shape[over:]
-        y = y.reshape(*lead, -1)
-    else:
-        x = x.reshape(*flat(lead), -1)
-        if isinstance(weight, Paired):
-            y, outer = _against_pairs(x, weight.pairs).astype(x.dtype), weight.outer
-        elif isinstance(weight, Turned):
-            y, outer = _against_rows(x, weight.matrix).astype(x.dtype), weight.outer
-        else:
-            y, outer = _product(x, weight.reshape(x.shape[-1], -1)), weight.shape[over:]
+    matrix = x.reshape(*flat(lead), -1)
+    if isinstance(weight, Paired):
+        y, outer = _against_pairs(matrix, weight.pairs).astype(x.dtype), weight.outer
+    elif isinstance(weight, Turned):
+        y, outer = _against_rows(matrix, weight.matrix).astype(x.dtype), weight.outer
+    elif axes.platform() == "cpu":
+        y, outer = _product(matrix, weight.reshape(matrix.shape[-1], -1)), weight.shape[over:]
+    else:  # a TPU's compiler then chooses layouts that need no copies: a Llama's step takes 7 % less
+        y, outer = jnp.tensordot(x, weight.astype(x.dtype), over).reshape(*lead, -1), weight.shape[over:]
     if bias is not None:  # rounded once it is spread, so that its gradient is summed in float32
         y = y + jnp.broadcast_to(jnp.expand_dims(_value(bias).reshape(-1), range(y.ndim - 1)), y.shape).astype(x.dtype)
     return y.reshape(*lead, *outer)

@@ -109,8 +109,9 @@ def corrupt(
     while (text := ~words.special_V[document]).sum() >= 2:
         noise = np.zeros(len(document), bool)
         noise[text] = mask(int(text.sum()), rng, rate=rate, span=span)
-        spans = int((noise & ~np.append(False, noise[:-1])).sum())
-        room = sheet.room(len(front) + int((~noise).sum()) + spans + 1, int(noise.sum()) + spans + 1)
+        spans, between = (int(_first(where).sum()) for where in (noise, ~noise))  # a special may stand behind the last
+        room = sheet.room(len(front) + int((~noise).sum()) + spans + 1, int(noise.sum()) + between + 1)
+        spans = max(spans, between)
         if room >= 1 and spans <= len(sentinels):
             source, target = (gaps(document, where, sentinels) for where in (noise, ~noise))
             return sheet.add(np.concatenate([np.array(front, int), source]), target)
@@ -134,8 +135,13 @@ def _segmentation(items: int, parts: int, rng: np.random.Generator) -> np.ndarra
     return np.diff(np.concatenate([[0], cuts, [items]]))
 
 
+def _first(noise: np.ndarray) -> np.ndarray:
+    """Where each run of noise begins."""
+    return noise & ~np.append(False, noise[:-1])
+
+
 def gaps(tokens: np.ndarray, noise: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
     """The tokens with one sentinel for each run of noise (T5's noise_span_to_unique_sentinel)."""
-    first = noise & ~np.append(False, noise[:-1])
+    first = _first(noise)
     number = np.cumsum(first) - 1
     return np.where(first, sentinels[np.maximum(number, 0)], tokens)[~noise | first]

@@ -20,7 +20,7 @@ def test_a_turned_weight_multiplies_as_it_did(name, inner):
     laid = lay({"blocks": {"attn": {name: stack}}}, "float32")["blocks"]["attn"][name]
     assert len(laid) == 3 and all(isinstance(weight, Turned) for weight in laid)
     for layer, weight in enumerate(laid):
-        np.testing.assert_allclose(dense(x, weight, over=inner), dense(x, stack[layer], axes=inner), atol=1e-5)
+        np.testing.assert_allclose(dense(x, weight, over=inner), dense(x, stack[layer], over=inner), atol=1e-5)
 
 
 @pytest.mark.parametrize("name, inner", [("wq_DNH", 1), ("wo_NHD", 2), ("up_DF", 1), ("down_FD", 1)])
