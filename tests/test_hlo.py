@@ -10,8 +10,8 @@ from jaxlm import hlo
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
-1 "/home/me/jaxlm/models/llama.py"
-2 "/home/me/site-packages/optax/adam.py"
+1 "/any/jaxlm/models/llama.py"
+2 "/any/site-packages/optax/adam.py"
 
 FunctionNames
 1 "step"

@@ -3,7 +3,6 @@
 restart(segments [1 1 1 2 2 0])  ->  [0 1 2 0 1 0]
 """
 
-from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any
@@ -87,7 +86,7 @@ class Scaling:
         """From `config.model.rope_scaling`: nothing, one of these, or a section of a config."""
         if section is None or isinstance(section, Scaling):
             return section
-        if not isinstance(section, Mapping):
+        if not hasattr(section, "keys"):  # ConfigDict is no Mapping
             raise lookup.Mistake(f"config.model.rope_scaling is a section with kind and factor, not {section!r}")
         return lookup.spend("config.model.rope_scaling", cls, section)
 

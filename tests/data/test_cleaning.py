@@ -156,7 +156,7 @@ def test_other_languages_go_and_are_counted_by_name():
 
 
 @pytest.mark.parametrize(
-    "keep, message", [("en", "is a list of ISO 639 codes"), ([], "is a list"), (["xx"], "has no 'xx'")]
+    "keep, message", [("en", "is a list, each a text, not 'en'"), ([], "is a list"), (["xx"], "has no 'xx'")]
 )
 def test_a_language_must_be_known(keep, message):
     with pytest.raises(Mistake, match=f"language.keep {message}"):
