@@ -226,7 +226,7 @@ class Attention(nnx.Module):
         self.q_norm = qk_norm and qk_norm(head_width)
         self.k_norm = qk_norm and qk_norm(head_width)
         self.rescale = None if scale is None else scale * head_width**0.5  # `attend` itself divides by sqrt(H)
-        self.cap, self.backend = cap, backend
+        self.heads, self.cap, self.backend = heads, cap, backend
 
     @shaped
     def __call__(
@@ -266,7 +266,7 @@ class Attention(nnx.Module):
         return (k_BKTH if self.k_norm is None else self.k_norm(k_BKTH)), v_BKTH
 
     def _gathered(self, x_BTD: jax.Array) -> jax.Array:
-        return axes.constrain(x_BTD, "BTD", N=self.wo_NHD.shape[0])
+        return axes.constrain(x_BTD, "BTD", N=self.heads)
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         q_BNTH = dense(self._gathered(x_BTD), self.wq_DNH, self.bias_q_NH).transpose(0, 2, 1, 3)
