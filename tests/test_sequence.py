@@ -34,12 +34,14 @@ def batch():
 def both(name, attention):
     """Loss and gradients, as a function of parameters and a batch."""
     model = families.blueprint(name, attention=attention)
-    return jax.jit(jax.value_and_grad(lambda p, batch: families.objective(model.bind(p), batch) / 40))
+    return jax.jit(
+        jax.value_and_grad(lambda p, batch: families.objective(model.bind(p), batch) / batch["weights"].sum())
+    )
 
 
 @functools.cache
 def alone(name):
-    params = noisy(families.blueprint(name))
+    params = noisy(families.blueprint(name), std=0.2)
     return params, both(name, "auto")(params, {k: jnp.asarray(x) for k, x in batch().items()})
 
 

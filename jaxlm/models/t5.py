@@ -62,10 +62,11 @@ class ReluMLP(nnx.Module):
 
     def __init__(self, width: int, mlp_width: int, *, std: float, out_std: float, rngs: nnx.Rngs):
         self.in_DF, self.down_FD = normal(rngs, width, mlp_width, std=std), normal(rngs, mlp_width, width, std=out_std)
+        self.mlp_width = mlp_width
 
     @shaped
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = axes.constrain(x_BTD, "BTD", F=self.in_DF.shape[1])
+        x_BTD = axes.constrain(x_BTD, "BTD", F=self.mlp_width)
         return dense(axes.constrain(jax.nn.relu(dense(x_BTD, self.in_DF)), "BTF"), self.down_FD)
 
 

@@ -226,7 +226,7 @@ class Attention(nnx.Module):
         self.q_norm = qk_norm and qk_norm(head_width)
         self.k_norm = qk_norm and qk_norm(head_width)
         self.rescale = None if scale is None else scale * head_width**0.5  # `attend` itself divides by sqrt(H)
-        self.cap, self.backend, self.heads = cap, backend, heads
+        self.heads, self.cap, self.backend = heads, cap, backend
 
     @shaped
     def __call__(

@@ -174,8 +174,8 @@ def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array, dtype: Any) -> 
     D first, where it is split, since B takes those mesh axes; along V it stays as it is, and what each part finds is
     summed.
     """
-    x_BTD = axes.constrain(table_VD[...].astype(stream(dtype)), "V_")[tokens_BT]
-    return axes.constrain(axes.constrain(x_BTD, "BTD", V=len(table_VD)), "BTD")
+    table = axes.constrain(table_VD[...].astype(stream(dtype)), "V_")
+    return axes.constrain(axes.constrain(table[tokens_BT], "BTD", V=len(table)), "BTD")
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -19,11 +19,11 @@ class MLP(nnx.Module):
     def __init__(self, width: int, mlp_width: int, activation: Callable, *, std: float, out_std: float, rngs: nnx.Rngs):
         self.up_DF, self.bias_F = normal(rngs, width, mlp_width, std=std), zeros(mlp_width)
         self.down_FD, self.bias_D = normal(rngs, mlp_width, width, std=out_std), zeros(width)
-        self.activation, self.width = activation, mlp_width
+        self.mlp_width, self.activation = mlp_width, activation
 
     @axes.shaped
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = axes.constrain(x_BTD, "BTD", F=self.width)
+        x_BTD = axes.constrain(x_BTD, "BTD", F=self.mlp_width)
         h_BTF = axes.constrain(self.activation(dense(x_BTD, self.up_DF, self.bias_F)), "BTF")
         return dense(h_BTF, self.down_FD, self.bias_D)
 
@@ -34,11 +34,11 @@ class GatedMLP(nnx.Module):
     def __init__(self, width: int, mlp_width: int, activation: Callable, *, std: float, out_std: float, rngs: nnx.Rngs):
         self.gate_DF, self.up_DF = normal(rngs, width, mlp_width, std=std), normal(rngs, width, mlp_width, std=std)
         self.down_FD = normal(rngs, mlp_width, width, std=out_std)
-        self.activation, self.width = activation, mlp_width
+        self.mlp_width, self.activation = mlp_width, activation
 
     @axes.shaped
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = axes.constrain(x_BTD, "BTD", F=self.width)
+        x_BTD = axes.constrain(x_BTD, "BTD", F=self.mlp_width)
         h_BTF = axes.constrain(self.activation(dense(x_BTD, self.gate_DF)) * dense(x_BTD, self.up_DF), "BTF")
         return dense(h_BTF, self.down_FD)
 
