@@ -124,6 +124,7 @@ def state(value: float) -> dict:
     return {"params": {"w_DF": jnp.full((4, 6), float(value))}, "opt": {"count": jnp.array(int(value))}}
 
 
+@pytest.mark.endurance
 def test_checkpoints_in_a_bucket_are_kept_restored_and_skipped_where_damaged(bucket, server):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0.0))
     with Checkpoints(f"{bucket}/run", newest=2, best=0) as checkpoints:
@@ -164,6 +165,7 @@ def test_a_checkpoint_that_was_cut_off_is_none(bucket, server):
 # The store of tokens.
 
 
+@pytest.mark.endurance
 def test_a_store_in_a_bucket_is_the_one_in_a_folder(bucket, server, tmp_path):
     sources = runs.write_corpus(tmp_path)
     made = dict(tokenizer=dict(kind="bytes"), validation=0.2, dedup=dict(near=0.0), workers=1)

@@ -73,6 +73,7 @@ def compiled(name, sizes, attention):
         return jax.jit(run).lower(params, axes.put(rows, 2, mesh)).compile()
 
 
+@pytest.mark.endurance
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_four_times_the_devices_hold_a_part_of_a_row_each(name):
     """A ring holds blocks of scores instead of a row's, so it takes far less than a fourth; heads that are traded hold
