@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from jaxlm import plan
+from jaxlm import chips, plan
 from jaxlm.data.words import Words
+from jaxlm.hlo import Operation
 from jaxlm.lookup import Mistake
 from jaxlm.nn import splash
 
@@ -58,3 +59,14 @@ def test_what_does_not_fit_is_told_with_the_figures_and_what_to_do():
 )  # fmt: skip
 def test_attention_counts_the_blocks_that_the_kernel_computes(shape, causal, window, share):
     assert splash.seen(shape[0], shape[1], causal, window) == share
+
+
+def test_an_attention_kernel_is_counted_with_and_without_an_axis_for_its_rows():
+    def seconds(*rows):
+        q, k = ((*rows, heads, 256, 128) for heads in (4, 2))
+        inputs = (("s8", (1, 2, 2)), ("bf16", q), ("bf16", k), ("bf16", k), ("s32", (8, 256)))
+        kernel = Operation("splash_mha_fwd.1", "custom-call", 1, 0, (("bf16", q),), inputs, "seen_0.7500/fwd", "")
+        return plan._Cost([kernel], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1).attention
+
+    wanted = 2 * 2 * 4 * 256 * 256 * 128 * 0.75 / (plan.KERNEL * 197e12)
+    assert seconds() == pytest.approx(wanted) and seconds(3) == pytest.approx(3 * wanted)
