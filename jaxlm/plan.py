@@ -77,6 +77,7 @@ class Plan:
     dollars: float | None  # for them, where a price is given
     input_bytes_per_second: float | None  # of all hosts together
     compile_seconds: float
+    uncounted: list[str]  # kernels whose time is not known, and so not in any of the above
     operations: list[dict[str, Any]]
     collectives: list[dict[str, Any]]
 
@@ -156,7 +157,7 @@ def make(
         seconds and seconds * config["steps"] / 86_400,
         (seconds and price and seconds * config["steps"] / 3_600 * _chips(where) * price) or None,
         seconds and sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values()) / seconds,
-        took, cost.dearest(10) if cost else [], cost.sent() if cost else [],
+        took, cost.uncounted if cost else [], cost.dearest(10) if cost else [], cost.sent() if cost else [],
     )  # fmt: skip
 
 
@@ -165,7 +166,8 @@ def _held(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _too_large(text: str) -> Mistake | Exception:
+def _too_large(text: str) -> Mistake:
+    """What the compiler says of a step that it cannot place, in our words where it is about memory."""
     found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text) or re.search(
         r"\(?([\d.]+\w)\)? exceeds available HBM \(([\d.]+\w)\)", text
     )
@@ -194,6 +196,7 @@ class _Cost:
     def __init__(self, operations: list[Operation], mesh: Any, chip: chips.Chip, torus: tuple[int, ...], slices: int):
         self.operations, self.mesh, self.chip, self.torus, self.slices = operations, mesh, chip, torus, slices
         self.compute = sum(op.times * self.seconds(op) for op in operations if op.cycles)
+        self.uncounted = sorted({op.name for op in operations if op.kind == "custom-call" and not self.seconds(op)})
         self.attention = sum(op.times * self.seconds(op) for op in operations if op.kind == "custom-call")
         sends = [op for op in operations if op.kind in hlo.COLLECTIVES]
         beside = sum(op.times * self.link(op) for op in sends if op.begun)
@@ -306,6 +309,8 @@ def show(plan: Plan, console: Console) -> None:
     for label, text in (rows | {"compiled in": f"{plan.compile_seconds:.1f} s"}).items():
         table.add_row(label, text)
     console.print(table)
+    if plan.uncounted:
+        console.print(f"Not in these times, as nothing tells how long they take: {', '.join(plan.uncounted)}")
     if plan.operations:
         table = Table("ms a step", "asked for by", "", title="What takes longest")
         for row in plan.operations:

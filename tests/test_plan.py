@@ -69,4 +69,6 @@ def test_an_attention_kernel_is_counted_with_and_without_an_axis_for_its_rows():
         return plan._Cost([kernel], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1).attention
 
     wanted = 2 * 2 * 4 * 256 * 256 * 128 * 0.75 / (plan.KERNEL * 197e12)
+    other = Operation("my_kernel.1", "custom-call", 1, 0, (), (), "", "")
+    assert plan._Cost([other], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1).uncounted == ["my_kernel.1"]
     assert seconds() == pytest.approx(wanted) and seconds(3) == pytest.approx(3 * wanted)

@@ -172,10 +172,11 @@ def stream(dtype: Any) -> jnp.dtype:
 def embed(table_VD: jax.Array | nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a table: [B, T, D], the residual stream of a model that computes in `dtype`. The table is gathered along
     D first, where it is split, since B takes those mesh axes; along V it stays as it is, and what each part finds is
-    summed.
+    summed. Rows are rounded once they are found, so that the gradients of all places of a token are summed in float32.
     """
-    table = axes.constrain(table_VD[...].astype(stream(dtype)), "V_")
-    return axes.constrain(axes.constrain(table[tokens_BT], "BTD", V=len(table)), "BTD")
+    table = axes.constrain(table_VD[...], "V_")
+    x_BTD = table[tokens_BT].astype(stream(dtype))
+    return axes.constrain(axes.constrain(x_BTD, "BTD", V=len(table)), "BTD")
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

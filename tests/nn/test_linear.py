@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.linear import Turned, dense
+from jaxlm import axes
+from jaxlm.nn.linear import Turned, dense, embed
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -31,3 +32,12 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
     x, w, bias = jnp.zeros((1, 1000, 8), jnp.bfloat16), jnp.zeros((8, 4)), jnp.zeros(4)
     found = jax.grad(lambda b: dense(x, w, b).astype(jnp.float32).sum())(bias)
     assert found.dtype == jnp.float32 and found.tolist() == [1000.0] * 4, "in bfloat16 it would stop at 256"
+
+
+def test_a_token_that_comes_often_gets_all_of_its_gradient_where_the_stream_is_bfloat16(monkeypatch):
+    monkeypatch.setattr(axes, "platform", lambda: "tpu")
+    tokens_BT = jnp.zeros((2, 1024), jnp.int32)
+    rows = lambda table_VD: embed(table_VD, tokens_BT, "bfloat16")  # noqa: E731
+    assert rows(jnp.ones((3, 4))).dtype == jnp.bfloat16
+    gradient_VD = jax.grad(lambda table_VD: rows(table_VD).astype(jnp.float32).sum())(jnp.ones((3, 4)))
+    np.testing.assert_array_equal(gradient_VD, [[2048.0] * 4, [0.0] * 4, [0.0] * 4])  # in bfloat16 256 + 1 is 256
