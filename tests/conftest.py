@@ -1,5 +1,6 @@
 """Strict flags for every test, set before anything imports jax; programs that a test starts inherit them."""
 
+import gc
 from importlib import metadata
 import os
 import tempfile
@@ -21,6 +22,8 @@ for name, value in {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # ... in several processes at once
 }.items():
     os.environ.setdefault(name, value)
+
+gc.set_threshold(200_000, 20, 100)  # tracing makes heaps of small objects: by default a tenth of the time is spent here
 
 settings.register_profile("house", deadline=None)  # the first example compiles
 settings.load_profile("house")

@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -109,21 +110,40 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
+class Started(subprocess.Popen):
+    """A process that prints into a file: into a pipe that nobody reads yet, it would one day wait for ever."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str]):
+        file, self.printed = tempfile.mkstemp()
+        with open(file, "wb") as stdout:
+            super().__init__(command, env=env, stdout=stdout, stderr=subprocess.STDOUT)
+
+    def finished(self, timeout: float = 600) -> str:
+        """All that it has printed, when it has ended; it is killed when that takes too long."""
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired as e:
+            self.kill()
+            self.wait()
+            raise AssertionError(f"not finished after {timeout} s: {self.output()}") from e
+        return self.output()
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return Path(self.printed).read_text()
+
+
+def start(workdir: Path, store: str, *flags: str, module: str = "jaxlm.train", **more: str) -> Started:
+    """Start `jaxlm train` in a process of its own."""
+    return Started(command(workdir, store, *flags, module=module), environment(**more))
+
+
 def run(
-    workdir: Path, store: str, *flags: str, background: bool = False, check: int = 0, module: str = "jaxlm.train",
-    **more: str,
-) -> Any:  # fmt: skip
-    """Run `jaxlm train` in a process of its own: its output, or the process if it stays in the background."""
-    process = subprocess.Popen(
-        command(workdir, store, *flags, module=module),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(**more),
-    )
-    if background:
-        return process
-    output, _ = process.communicate(timeout=600)
+    workdir: Path, store: str, *flags: str, check: int = 0, module: str = "jaxlm.train", **more: str
+) -> str:  # fmt: skip
+    """Run `jaxlm train` in a process of its own, and return what it prints."""
+    process = start(workdir, store, *flags, module=module, **more)
+    output = process.finished()
     assert process.returncode == check, output
     return output
 
@@ -135,8 +155,7 @@ def two_processes(workdir: Path, store: str, *flags: str, module: str = "jaxlm.t
         port = s.getsockname()[1]
     hosts = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2")
     flags = ("--config.mesh.data=2", *flags)
-    how = dict(background=True, module=module)
-    both = [run(workdir, store, *flags, **how, **hosts, JAX_PROCESS_ID=str(i)) for i in range(2)]
-    outputs = [process.communicate(timeout=600)[0] for process in both]
+    both = [start(workdir, store, *flags, module=module, **hosts, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    outputs = [process.finished() for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
     return outputs

@@ -61,7 +61,7 @@ def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
 def test_rows_split_over_four_times_the_tpus_take_a_part_of_the_memory_of_each():
     def memory(topology, sizes, attention):
         model, optimizer = MODELS["llama"] | {"attention": attention}, dict(name="adamw")
-        config = dict(model=model, optimizer=optimizer, steps=10, batch=4, length=4096, mesh=sizes)
+        config = dict(model=model, optimizer=optimizer, steps=10, batch=4, length=8192, mesh=sizes)
         _, program = plan.compile_step(config, plan.devices(topology), words=Words.of_size(V))
         assert ("collective-permute" in program.as_text()) == (attention == "ring")
         return program.memory_analysis().temp_size_in_bytes

@@ -19,7 +19,7 @@ from jaxlm.data.words import Words
 from jaxlm.lookup import Mistake, spend
 from jaxlm.models import Blueprint
 from jaxlm.nn.loss import Sums
-from tests.runs import CONFIG, STEPS, arrays, losses, run, settings, two_processes, write_store
+from tests.runs import CONFIG, STEPS, arrays, losses, run, settings, start, two_processes, write_store
 
 
 def damage_a_byte(folder: Path):
@@ -110,13 +110,13 @@ def test_it_resumes_on_two_processes_with_the_same_losses(store, whole, tmp_path
 
 
 def test_sigterm_saves_says_so_and_exits_with_zero(store, whole, tmp_path):
-    process = run(tmp_path, store, background=True)
+    process = start(tmp_path, store)
     metrics = tmp_path / "metrics.jsonl"
     while not metrics.exists() or '"step": 3' not in metrics.read_text():
         time.sleep(0.05)
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.output()
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
+    output = process.finished()
     assert process.returncode == 0 and "saved at step" in output, output
     assert "going on after step" in run(tmp_path, store)
     for one, two in zip(arrays(whole), arrays(tmp_path), strict=True):

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 import signal
-import subprocess
 import sys
 import time
 
@@ -34,15 +33,14 @@ def bucket(request):
         yield f"{request.param}://bucket", server
 
 
-def start(server: Buckets, program: str, *flags: str) -> subprocess.Popen:
+def start(server: Buckets, program: str, *flags: str) -> runs.Started:
     environment = runs.environment(**server.environment, JAX_PLATFORMS="cpu")
-    command = [sys.executable, "-m", "jaxlm", program, *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return runs.Started([sys.executable, "-m", "jaxlm", program, *flags], environment)
 
 
 def call(server: Buckets, program: str, *flags: str) -> str:
     process = start(server, program, *flags)
-    output, _ = process.communicate(timeout=300)
+    output = process.finished()
     assert process.returncode == 0, output
     return output
 
@@ -76,7 +74,7 @@ def test_a_run_in_a_bucket_that_is_killed_and_resumed_is_the_run_in_a_folder(buc
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.finished()
     assert "going on after step" in call(server, "train", *flags["there"], f"--workdir={root}/run")
 
     held = {key.removeprefix("bucket/run/"): value for key, value in server.objects.items() if "/run/" in key}

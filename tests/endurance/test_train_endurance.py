@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.runs import STEPS, arrays, command, environment, losses, run, write_store
+from tests.runs import STEPS, arrays, command, environment, losses, run, start, write_store
 
 pytestmark = pytest.mark.endurance
 KILLS = 20
@@ -44,7 +44,7 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(store, whole, 
     """
     rng, kills, finished = random.Random(0), 0, 0
     while kills < KILLS:
-        process = run(tmp_path, store, "--config.every.save=1", background=True)
+        process = start(tmp_path, store, "--config.every.save=1")
         began = progress(tmp_path)
         while process.poll() is None and progress(tmp_path) <= began:
             time.sleep(0.005)
@@ -52,10 +52,9 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(store, whole, 
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
-        process.communicate()
-        if (
-            process.returncode == 0
-        ):  # it came to the end before it was killed: start again, and kill it earlier in its life
+        output = process.finished()
+        assert process.returncode in (0, -signal.SIGKILL), output
+        if process.returncode == 0:  # it came to the end before it was killed: start again, and kill it earlier
             finished += 1
             compare(whole, tmp_path)
             shutil.rmtree(tmp_path)
