@@ -20,7 +20,10 @@ SCHEDULES: dict[str, Callable] = {
     "cosine": lambda p, d: 0.5 * (1.0 + jnp.cos(jnp.pi * p)),  # arXiv:1608.03983, without restarts
     "wsd": lambda p, d: jnp.minimum(1.0, (1.0 - p) / d),  # warmup, stable, decay: arXiv:2404.06395
 }
-SHARES = ("b1", "b2", "b3", "momentum")  # options of Optax's: how much of a mean a step keeps
+# Options of Optax's: how much of a mean a step keeps; what cannot be negative; what is there once at least.
+SHARES = ("b1", "b2", "b3", "beta", "adam_b1", "adam_b2", "decay_rate", "momentum")
+SIZES = ("eps", "eps_root", "adam_eps_root", "adam_weight_decay", "consistent_rms")
+COUNTS = ("ns_steps",)
 
 
 def learning_rate(
@@ -53,26 +56,35 @@ def learning_rate(
 
 def optimizer(
     shapes: Any, *, steps: int, name: str = "adamw", lr: float = 1e-3, schedule: str = "cosine", warmup: int = 0,
-    final: float = 0.1, decay: float = 0.2, weight_decay: float = 0.0, clip: float = 0.0, **options: Any,
+    final: float = 0.1, decay: float | None = None, weight_decay: float = 0.0, clip: float = 0.0, **options: Any,
 ) -> tuple[optax.GradientTransformation, Callable]:  # fmt: skip
     """The gradient transformation for parameters of these shapes, and the learning rate by step.
 
     `name` is any optimiser of Optax that takes a learning rate, and `options` are its own keywords. Weight decay is
     decoupled for all of them: each step takes lr x weight_decay x the parameter off matrices and embeddings, nothing
-    off vectors and norms. Muon turns the matrices; embeddings and vectors get Adam. Raises `Mistake` for an unknown
+    off vectors and norms. Muon turns the matrices; embeddings and vectors get Adam. `decay` is wsd's, but where the
+    optimiser has one (rmsprop). Raises `Mistake` for an unknown
     name or option, and for values that cannot be.
     """
     lookup.within("config.optimizer.", 0, weight_decay=weight_decay, clip=clip)
     make = lookup.key("config.optimizer.name", name, _optimizers())
     own = set(inspect.signature(make).parameters) - {"learning_rate", "mask", "weight_decay_mask"}
     lookup.known("config.optimizer", options, own | lookup.keywords(optimizer) - {"steps"})
-    rate = learning_rate(schedule, lr, steps, warmup, final, decay)
+    lookup.typed("config.optimizer", make, options)
+    if "decay" in own and decay is not None:  # rmsprop's
+        if schedule == "wsd":
+            raise lookup.Mistake(f"config.optimizer.decay={decay}: both wsd and {name} have one; take another schedule")
+        lookup.within("config.optimizer.", 0, 1, decay=decay)
+        options, decay = {**options, "decay": decay}, None
+    rate = learning_rate(schedule, lr, steps, warmup, final, 0.2 if decay is None else decay)
+    for names, *bounds in ((SHARES, 0, 1), (SIZES, 0), (COUNTS, 1)):
+        numbers = {name: options[name] for name in names if isinstance(options.get(name), int | float)}
+        lookup.within("config.optimizer.", *bounds, **numbers)
+    told = dict(options)
     if "weight_decay" in inspect.signature(make).parameters:
         options = {"weight_decay": 0.0, **options}
     if name == "muon":
         options = {"muon_weight_dimension_numbers": muon_dimensions, "consistent_rms": 0.2, **options}
-    shares = {name: options[name] for name in SHARES if isinstance(options.get(name), int | float)}
-    lookup.within("config.optimizer.", 0, 1, **shares)
     if options.get("mu_dtype") is not None:
         lookup.key("config.optimizer.mu_dtype", options["mu_dtype"], dict.fromkeys(("float32", "bfloat16", "float16")))
     decays = jax.tree_util.tree_map_with_path(lambda path, _: axes.is_matrix(path), shapes)
@@ -80,7 +92,7 @@ def optimizer(
         own_part = make(rate, **options)
         jax.eval_shape(lambda params: own_part.update(params, own_part.init(params), params), shapes)
     except (TypeError, ValueError, AssertionError) as e:
-        raise lookup.Mistake(f"config.optimizer: Optax's {name} with {options} fails: {e}") from e
+        raise lookup.Mistake(f"config.optimizer: Optax's {name} with {told} fails: {e}") from e
     parts = [
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         own_part,

@@ -52,6 +52,14 @@ def run(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] 
         print(f'jaxlm {name}: {e}; for jaxlm: pip install "jaxlm[{extra}]"', file=sys.stderr)
         sys.exit(2)
     except Exception as e:
+        if is_out_of_memory(e):
+            print(
+                f"jaxlm {name}: {str(e).splitlines()[0]}\nThe devices have not memory enough; what was saved before is "
+                "intact. Try a smaller batch or length, in training more config.accumulate or config.model.remat=full, "
+                "or more devices; `jaxlm plan` tells what a config needs",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         if not is_disk_full(e):
             raise
         print(
@@ -77,6 +85,11 @@ def output(flag: str, path: str) -> None:
         fault = "it may not be written"
     if fault:
         raise Mistake(f"{flag}={path}: {fault}")
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    """Whether XLA says that a device has no room."""
+    return type(e).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(e)
 
 
 def is_disk_full(e: BaseException | None) -> bool:

@@ -1,10 +1,11 @@
 """Whether a workdir's run may be gone on with: the same model, tokenizer and training state.
 
 check("runs/first", settings, [300, 600], store, blueprint.shapes)
-Mistake: runs/first holds checkpoints of another run: config.model was ... and is ...; choose another --workdir ...
+Mistake: runs/first holds checkpoints of another run: config.model.width was 64 and is 128. Set it back, or choose ...
 """
 
 from collections.abc import Mapping
+import dataclasses
 import json
 from typing import Any
 
@@ -16,7 +17,9 @@ from jaxlm import lookup, optim
 from jaxlm.data import tokenizers
 from jaxlm.data.store import Store
 from jaxlm.lookup import Mistake
-from jaxlm.models import Tree
+from jaxlm.models import Tree, configured
+
+FREE = ("attention", "remat", "dtype", "dropout")  # of config.model: how it is computed, on these devices
 
 
 def check(workdir: str, settings: Mapping[str, Any], saved: list[int], store: Store, shapes: Tree) -> None:
@@ -41,12 +44,12 @@ def check(workdir: str, settings: Mapping[str, Any], saved: list[int], store: St
                 f"was made with {given}: the same ids would mean other tokens. Choose another --workdir or config.store"
             )
     now = json.loads(json.dumps(settings, default=dict))
-    found: list[tuple[str, Any, Any]] = [
-        ("model", before["model"], now["model"]),
-        ("ema", bool(before["ema"]), bool(now["ema"])),
-    ]
+    old, new = (_model(c["model"]) for c in (before, now))
+    found: list[tuple[str, Any, Any]] = [(f"model.{key}", old[key], new.get(key)) for key in old]
+    found += [("ema", bool(before["ema"]), bool(now["ema"]))]
+    same = old == new
     old, new = ({"name": "adamw", **(c["optimizer"] or {})} for c in (before, now))
-    if before["model"] == now["model"]:
+    if same:
         found += [(f"optimizer.{key}", old.get(key), new.get(key)) for key in _decisive(old, new, shapes)]
     for name, was, given in found:
         if was != given:
@@ -54,6 +57,13 @@ def check(workdir: str, settings: Mapping[str, Any], saved: list[int], store: St
                 f"{workdir} holds checkpoints of another run: config.{name} was {was!r} and is {given!r}. "
                 "Set it back, or choose another --workdir"
             )
+
+
+def _model(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is, by name: its family's Config but for what is `FREE`, a size spelt out."""
+    _, config = configured(section, vocab=1)
+    told = {"name": section["name"], **dataclasses.asdict(config)}
+    return {key: value for key, value in told.items() if key not in FREE}
 
 
 def _decisive(before: Mapping[str, Any], now: Mapping[str, Any], shapes: Tree) -> list[str]:

@@ -49,14 +49,17 @@ while (($#)); do
       printf -v "${flag#--}" %s "${1#*=}" ;;
     --spot) spot=1 ;;
     --yes) yes=1 ;;
-    --help) usage; exit ;;
+    -h | --help) usage; exit ;;
     --) shift; break ;;
-    *) die "$verb knows no '$1'; flags are written --zone=us-central2-b, and what goes to the TPU stands after --" ;;
+    *) die "$verb knows no '$1'; choices: --name --zone --project --type --version --slices --worker --poll (written
+--zone=us-central2-b), --spot, --yes, --help; what goes to the TPU stands after --" ;;
   esac
   shift
 done
 [[ -n $zone ]] || die "--zone or TPU_ZONE is missing, for example --zone=us-central2-b"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices is no number from 1 up"
+case $spot in '' | 0) spot= ;; 1) ;; *) die "TPU_SPOT=$spot is neither 0 nor 1" ;; esac
+[[ -n $name ]] || die "--name or TPU_NAME is empty"
+[[ $slices =~ ^[1-9][0-9]{0,3}$ ]] || die "--slices=$slices is no number from 1 to 9999"
 [[ $poll =~ ^[0-9]+$ ]] || die "--poll=$poll is no number of seconds"
 [[ $worker =~ ^(all|[0-9]+)$ ]] || die "--worker=$worker is neither a number nor all"
 [[ $verb != create || -n $type ]] || die "--type or TPU_TYPE is missing, for example --type=v5litepod-16"
@@ -154,7 +157,7 @@ touch ~/jaxlm.log && cat ~/jaxlm.log >>~/jaxlm.earlier.log &&
 }
 
 train() {
-  local given=" $* " command=(jaxlm train "$@") found did failures=0
+  local given=" $* " command=(jaxlm train "$@") found did told before=READY removed= failures=0
   [[ $given == *" --config="* ]] || die "what to train stands after --: train -- --config=FILE --workdir=DIR"
   if [[ -n $spot ]]; then
     [[ $given == *" --workdir="*"://"* ]] || die "--spot: the TPU's disk goes with it, so --workdir must be gs://..."
@@ -171,6 +174,12 @@ train() {
   while true; do
     found=$(state) did=
     [[ $found != READY ]] || did=$(look)
+    told=$found
+    [[ $found/$did != READY/ ]] || told="READY, but does not answer"
+    [[ $told == "$before" ]] || say "$name is $told"
+    before=$told
+    [[ $found == MISSING ]] || removed=
+    [[ -z $removed ]] || found=FAILED # deleted by this loop, and not made yet
     case $found/$did in
       READY/exit*)
         sleep "$poll" # a host that is about to vanish ends its run, too
@@ -183,8 +192,9 @@ train() {
         if setup && start "${command[@]}"; then failures=0; else ((++failures < 5)) || die "failed five times"; fi ;;
       PREEMPTED/* | TERMINATED/* | STOPPED/* | FAILED/* | SUSPENDED/*)
         [[ -n $spot ]] || die "$name is $found; delete, create, setup and the same train go on from the last checkpoint"
-        say "$name is $found; making it again"
-        if remove && create && ready && setup && start "${command[@]}"; then failures=0
+        say "making $name again"
+        if { [[ -n $removed ]] || remove; } && removed=1 && create && ready && setup && start "${command[@]}"
+        then failures=0
         else ((++failures < 5)) || die "failed five times"; fi ;;
       MISSING/*) die "$name was deleted" ;;
     esac

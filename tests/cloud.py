@@ -22,7 +22,7 @@ if (here / "broken").exists():
     sys.exit("ERROR: could not reach the metadata server")
 verb, life = argv[2:4], lives[min(state["life"], len(lives) - 1)]
 if verb[1] == "describe":
-    found = life[verb[0]]
+    found = ["MISSING"] if state.get("deleted") else life[verb[0]]
     at = state.get(verb[0], 0)
     state[verb[0]] = at + 1
     said = found[min(at, len(found) - 1)]
@@ -36,6 +36,10 @@ elif verb[1] == "delete":
         except ProcessLookupError:
             pass
     shutil.rmtree(home, ignore_errors=True)
+    state["deleted"] = True
+elif verb[1] == "create" and (here / "full").exists():
+    (here / "full").unlink()
+    sys.exit("ERROR: (gcloud) 503: there is no capacity now")
 elif verb[1] == "create":
     state = dict(life=state.get("created", 0), created=state.get("created", 0) + 1)
     home.mkdir(exist_ok=True)

@@ -78,6 +78,11 @@ def test_slices_spot_runtime_and_further_flags_are_asked_for(cloud):
     assert [call[2] for call in cloud.calls("describe") if call[0] == "tpu-vm"] == ["big-0", "big-1"]
 
 
+def test_spot_0_buys_no_spot_tpu(cloud):
+    cloud("create", TPU_SPOT="0")
+    assert "--spot" not in cloud.calls("create")[0]
+
+
 def test_a_request_that_fails_is_said(cloud):
     cloud.lives({"queued-resources": ["PROVISIONING", "FAILED"]})
     assert "jaxlm was not made" in cloud("create", code=1)
@@ -189,7 +194,18 @@ def test_a_spot_tpu_that_is_taken_away_is_made_again_and_the_same_command_goes_o
     assert first == second and "--spot" in first
     assert {"--force", "--quiet"} < set(cloud.calls("delete")[0])
     assert cloud.runs() == [["train", *RUN, "--config.distributed=True"]] * 2
-    assert f"jaxlm is {how}; making it again" in said and "the run is complete" in said
+    assert f"jaxlm is {how}\n" in said and "making jaxlm again" in said and "the run is complete" in said
+
+
+def test_a_spot_tpu_that_cannot_be_made_at_once_is_asked_for_again(cloud):
+    """It is deleted by then, but not by its owner."""
+    lost = {"queued-resources": ["ACTIVE"] * 4 + ["SUSPENDED"], "tpu-vm": ["READY"], "end": "for ever"}
+    cloud.lives(lost, ALIVE)
+    cloud("create", "--spot")
+    cloud("setup")
+    (cloud.folder / "full").touch()
+    assert "the run is complete" in cloud(*SPOT)
+    assert len(cloud.calls("create")) == 3 and len(cloud.calls("delete")) == 1
 
 
 def test_a_tpu_that_is_not_spot_is_never_bought_again(ready):
@@ -259,6 +275,9 @@ def test_delete_asks_for_the_name_or_yes(cloud):
         (["status"], {"TPU_ZONE": ""}, "--zone or TPU_ZONE is missing"),
         (["create"], {"TPU_TYPE": ""}, "--type or TPU_TYPE is missing"),
         (["create", "--slices=two"], {}, "--slices=two"),
+        (["create", "--slices=99999999999999999999"], {}, "--slices=9999"),
+        (["create", "--name="], {}, "--name or TPU_NAME is empty"),
+        (["create"], {"TPU_SPOT": "false"}, "TPU_SPOT=false is neither 0 nor 1"),
         (["create", "--zones=x"], {}, "knows no '--zones=x'"),
         (["create", "v4-8"], {}, "knows no 'v4-8'"),
         (["logs", "--worker=first"], {}, "--worker=first"),

@@ -89,6 +89,14 @@ def test_a_schedule_goes_where_it_was_published_to_go(name, want):
         assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
 
 
+def test_an_optimizers_own_decay_is_its_own():
+    """Of a squared gradient of 1 the first step keeps 1 - decay, and so is lr / sqrt(1 - decay)."""
+    for decay in (0.9, 0.99):
+        section = dict(name="rmsprop", lr=1.0, schedule="constant", decay=decay)
+        for update in jax.tree.leaves(one_step(1.0, **section)):
+            np.testing.assert_allclose(update, -((1 - decay) ** -0.5), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -106,6 +114,11 @@ def test_a_schedule_goes_where_it_was_published_to_go(name, want):
         (dict(mu_dtype="float99"), "config.optimizer.mu_dtype has no 'float99'; did you mean 'float32'"),
         (dict(b1=5), "config.optimizer.b1=5 is not between 0 and 1"),
         (dict(b1="much"), "config.optimizer: Optax's adamw with .*much"),
+        (dict(name="muon", beta=-1.0), "config.optimizer.beta=-1.0 is not between 0 and 1"),
+        (dict(name="muon", ns_steps=0), "config.optimizer.ns_steps=0 is not 1 or more"),
+        (dict(name="muon", nesterov=7), "config.optimizer.nesterov is True or False, not 7"),
+        (dict(eps=-1e-8), "config.optimizer.eps=-1e-08 is not 0 or more"),
+        (dict(name="rmsprop", schedule="wsd", decay=0.9), "decay=0.9: both wsd and rmsprop have one"),
     ],
     ids=str,
 )

@@ -283,7 +283,7 @@ def test_without_a_step_to_log_at_only_the_last_is_logged(store, tmp_path):
 def test_a_workdir_of_another_model_is_refused_and_left_alone(store, whole):
     before = (whole / "config.json").read_text()
     other = settings()["model"] | {"width": 64}
-    with pytest.raises(Mistake, match=r"holds checkpoints of another run: config.model was .*'width': 32"):
+    with pytest.raises(Mistake, match=r"holds checkpoints of another run: config.model.width was 32 and is 64"):
         train.train(str(whole), store=store, **settings(model=other))
     assert (whole / "config.json").read_text() == before
 
@@ -297,6 +297,13 @@ def test_an_optimizer_that_keeps_something_else_is_refused_by_the_key_that_says_
     optimizer = settings()["optimizer"] | dict(lr=2e-2, schedule="cosine", b1=0.8) | change
     with pytest.raises(Mistake, match=f"another run: config.optimizer.{key}"):
         train.train(str(whole), store=store, **settings(optimizer=optimizer))
+
+
+def test_how_a_model_is_computed_may_change_on_the_way(store, whole, tmp_path):
+    """What moves with a run to other devices: none of it is another model."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    model = settings()["model"] | dict(remat="full", attention="chunked", dropout=0.2, tied=False)
+    train.train(str(run), store=store, **settings(steps=STEPS + 1, model=model))
 
 
 def test_a_rate_a_clip_and_a_decay_of_another_size_are_gone_on_with(store, whole, tmp_path):

@@ -40,16 +40,7 @@ class Blueprint:
 
         Raises `Mistake` for a name, size or key that is not.
         """
-        section = dict(section)
-        module = lookup.module("jaxlm.models", section.pop("name", "?"))
-        if not hasattr(module, "Config"):
-            raise lookup.Mistake(f"config.model.name: {module.__name__} is no family that can be trained by steps")
-        if "size" in section:
-            section = {**lookup.key("config.model.size", section.pop("size"), module.SIZES), **section}
-        section = {"vocab": vocab, "dtype": dtype, **section}
-        lookup.key("dtype", str(section["dtype"]), hf.DTYPES)
-        _check({field.name: field.default for field in dataclasses.fields(module.Config)} | section)
-        config = lookup.spend("config.model", module.Config, section)
+        module, config = configured(section, vocab=vocab, dtype=dtype)
         if config.vocab < vocab:
             raise lookup.Mistake(f"the tokenizer has {vocab} ids, but config.model.vocab is {config.vocab}")
         graph, state = nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0))))
@@ -95,6 +86,20 @@ class Blueprint:
             if (axes.of(axes.name_of(path)) or "").startswith("E"):
                 active -= math.prod(x.shape) * (c.experts - c.chosen) // c.experts
         return 6 * active + (12 * attentions * c.heads * c.head_width * length if hasattr(c, "heads") else 0)
+
+
+def configured(section: Mapping[str, Any], *, vocab: int, dtype: str = "float32") -> tuple[Any, Any]:
+    """A family's module and its Config, from `config.model`. Raises as `Blueprint.of`."""
+    section = dict(section)
+    module = lookup.module("jaxlm.models", section.pop("name", "?"))
+    if not hasattr(module, "Config"):
+        raise lookup.Mistake(f"config.model.name: {module.__name__} is no family that can be trained by steps")
+    if "size" in section:
+        section = {**lookup.key("config.model.size", section.pop("size"), module.SIZES), **section}
+    section = {"vocab": vocab, "dtype": dtype, **section}
+    lookup.key("dtype", str(section["dtype"]), hf.DTYPES)
+    _check({field.name: field.default for field in dataclasses.fields(module.Config)} | section)
+    return module, lookup.spend("config.model", module.Config, section)
 
 
 def _check(values: Mapping[str, Any]) -> None:
