@@ -20,6 +20,7 @@ process's. The keys are the peer's: dtype, params, first_step_s, step_ms, tokens
 import argparse
 import functools
 import json
+import math
 import os
 import resource
 import statistics
@@ -41,10 +42,18 @@ LOADER = dict(context=2048, batch=8, vocab=32_000)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
 
 
+def gpt2(a: argparse.Namespace) -> dict[str, Any]:
+    """The peer's model, as a config names it."""
+    return dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context)
+
+
 def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """One train step of a GPT-2 of this shape with AdamW and clipping, as `jaxlm train` runs it: the median of its
-    times.
-    """
+    """One train step of a GPT-2 of this shape."""
+    return steps(gpt2(a), a, dtype)
+
+
+def steps(model: dict[str, Any], a: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """One train step with AdamW and clipping, as `jaxlm train` runs it, on one device: the median of its times."""
     began = time.perf_counter()
     import jax
     import numpy as np
@@ -57,8 +66,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     mesh = axes.mesh(devices=jax.devices()[:1])
     with axes.on(mesh):
         parts = step.assemble(
-            model=dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context),
-            optimizer=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0),
+            model=model, optimizer=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0),
             steps=1000, length=a.context, words=Words.of_size(a.vocab), mesh=mesh, rules=axes.RULES, dtype=dtype,
         )  # fmt: skip
         state = jax.jit(functools.partial(step.init, parts.tx, ema=0.0))(parts.blueprint.init(0))
@@ -73,7 +81,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
             if len(times) == 1:
                 first = time.perf_counter() - began
     median = statistics.median(times[2:])
-    params = parts.blueprint.size - a.context * a.width
+    params = parts.blueprint.size - sum(math.prod(x.shape) for x in [parts.blueprint.shapes.get("positions_TD")] if x)
     flops = parts.blueprint.flops_per_token(a.context) * a.batch * a.context
     return dict(
         device=jax.devices()[0].platform, mode="jit", dtype=dtype, params=params,
@@ -84,6 +92,11 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def decode(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Greedy continuation by a GPT-2 of this shape."""
+    return continuation(gpt2(a), a, dtype)
+
+
+def continuation(model: dict[str, Any], a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Greedy continuation of `batch` prompts by `new` tokens, prefill included, random weights: the median of its
     times.
     """
@@ -93,7 +106,6 @@ def decode(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     from jaxlm.decode.sampling import Sampling
     from jaxlm.models import Blueprint
 
-    model = dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context)
     blueprint = Blueprint.of(model, vocab=a.vocab, dtype=dtype)
     engine = Engine(blueprint, blueprint.init(0))
     prompts = np.random.default_rng(0).integers(0, a.vocab, (a.batch, a.prompt)).tolist()
