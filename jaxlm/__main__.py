@@ -29,6 +29,7 @@ def main() -> None:
         print(lookup.miss("jaxlm", name, PROGRAMS), file=sys.stderr)
         sys.exit(2)
     program.ask_for_huge_pages()  # before the imports, which take seconds
+    program.keep_compiled()
     program.run(name, importlib.import_module(f"jaxlm.{name}").main, sys.argv[2:])
 
 

@@ -7,12 +7,18 @@ Nothing here imports jax, so that `jaxlm` may start again before anything slow w
 
 from collections.abc import Callable, Sequence
 import errno
+import hashlib
 import os
 from pathlib import Path
 import sys
+import tempfile
 
 from jaxlm.lookup import Mistake
 
+COMPILED = {  # JAX's own settings, unless the environment has them
+    "compilation_cache_max_size": 2_000_000_000,  # bytes; what was longest not used goes; also makes JAX lock the files
+    "persistent_cache_min_compile_time_secs": 0.0,  # many small programs come before the first step
+}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 CLOUDS = {"gcsfs": "gcs", "s3fs": "s3"}  # what opens gs:// and s3://, and the extra that brings it
 
@@ -32,11 +38,46 @@ def ask_for_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def compiled_folder() -> Path:
+    """Where a program keeps what it compiled for its next start: ~/.cache/jaxlm/compiled, or under XDG_CACHE_HOME. Each
+    kind of processor has a folder of its own there, since one may run what another cannot, and homes are shared.
+    """
+    try:
+        told = Path("/proc/cpuinfo").read_text().splitlines()
+        kind = "".join(sorted({line for line in told if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        kind = " ".join(os.uname())
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "jaxlm" / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:8]
+
+
+def keep_compiled() -> None:
+    """Have JAX keep what it compiles in `compiled_folder`, where that can be written.
+
+    JAX_COMPILATION_CACHE_DIR names another place, and none where it is empty. Of several processes only the first would
+    write, so that the others compile anyway; there is no cache then, unless that variable names one that they share.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        return
+    try:
+        folder = compiled_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # a home that is read only, or none
+        return
+    for name, value in {"compilation_cache_dir": str(folder), **COMPILED}.items():
+        if f"JAX_{name.upper()}" not in os.environ:
+            os.environ[f"JAX_{name.upper()}"] = str(value)
+            if "jax" in sys.modules:  # which read the environment before, as in `python -m jaxlm.train`
+                sys.modules["jax"].config.update(f"jax_{name}", value)
+
+
 def run(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
     """Run a program and exit. A `Mistake` is printed without a traceback and exits with 2; a full disk likewise,
     whoever met it first: a save in the background, the metrics, the token store.
     """
     ask_for_huge_pages()
+    keep_compiled()
     try:
         sys.exit(main(list(sys.argv[1:] if argv is None else argv)))
     except Mistake as e:

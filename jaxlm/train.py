@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-from jaxlm import axes, lookup, objectives, program, report, resume
+from jaxlm import axes, lookup, objectives, program, resume
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
@@ -336,6 +336,8 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
 
 def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -> None:
     """Leave summary.json and report.html in the workdir."""
+    from jaxlm import report  # it draws with matplotlib, which takes a second to import: not before the first step
+
     path = epath.Path(workdir) / "summary.json"
     summary = report.read_object(path)
     logged = [line for line in lines(workdir) if "tokens_per_s" in line]
@@ -361,6 +363,8 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(address, int(count), int(index))
     elif settings.get("distributed"):
         jax.distributed.initialize()
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR") == str(program.compiled_folder()):  # as `keep_compiled` says
+            jax.config.update("jax_compilation_cache_dir", None)
     workdir = epath.Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:

@@ -6,6 +6,7 @@
     scripts/bench.py loss   --json                                      peak temporary memory, chunked against full
     scripts/bench.py families --json [--layers=6 --width=384 ...]       forward + backward of every family, one shape
     scripts/bench.py depth  --json                                      compile time of 4, 12, 48 layers, scan and loop
+    scripts/bench.py start  --json                                      to the first step of a run, first and later
     scripts/bench.py loader --json [--context=2048 --batch=8]           from a token store to batches, every objective
     scripts/bench.py prepare --json [--megabytes=200]                   clean + dedup + tokenize; tokenizers alone
 
@@ -19,6 +20,7 @@ process's. The keys are the peer's: dtype, params, first_step_s, step_ms, tokens
 import argparse
 import functools
 import json
+import math
 import os
 import resource
 import statistics
@@ -28,6 +30,7 @@ import time
 from typing import Any
 
 import bench_data
+import bench_start
 
 from jaxlm import lookup, program
 
@@ -39,10 +42,18 @@ LOADER = dict(context=2048, batch=8, vocab=32_000)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
 
 
+def gpt2(a: argparse.Namespace) -> dict[str, Any]:
+    """The peer's model, as a config names it."""
+    return dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context)
+
+
 def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """One train step of a GPT-2 of this shape with AdamW and clipping, as `jaxlm train` runs it: the median of its
-    times.
-    """
+    """One train step of a GPT-2 of this shape."""
+    return steps(gpt2(a), a, dtype)
+
+
+def steps(model: dict[str, Any], a: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """One train step with AdamW and clipping, as `jaxlm train` runs it, on one device: the median of its times."""
     began = time.perf_counter()
     import jax
     import numpy as np
@@ -55,8 +66,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     mesh = axes.mesh(devices=jax.devices()[:1])
     with axes.on(mesh):
         parts = step.assemble(
-            model=dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context),
-            optimizer=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0),
+            model=model, optimizer=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0),
             steps=1000, length=a.context, words=Words.of_size(a.vocab), mesh=mesh, rules=axes.RULES, dtype=dtype,
         )  # fmt: skip
         state = jax.jit(functools.partial(step.init, parts.tx, ema=0.0))(parts.blueprint.init(0))
@@ -71,7 +81,7 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
             if len(times) == 1:
                 first = time.perf_counter() - began
     median = statistics.median(times[2:])
-    params = parts.blueprint.size - a.context * a.width
+    params = parts.blueprint.size - sum(math.prod(x.shape) for x in [parts.blueprint.shapes.get("positions_TD")] if x)
     flops = parts.blueprint.flops_per_token(a.context) * a.batch * a.context
     return dict(
         device=jax.devices()[0].platform, mode="jit", dtype=dtype, params=params,
@@ -82,6 +92,11 @@ def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def decode(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Greedy continuation by a GPT-2 of this shape."""
+    return continuation(gpt2(a), a, dtype)
+
+
+def continuation(model: dict[str, Any], a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Greedy continuation of `batch` prompts by `new` tokens, prefill included, random weights: the median of its
     times.
     """
@@ -91,7 +106,6 @@ def decode(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
     from jaxlm.decode.sampling import Sampling
     from jaxlm.models import Blueprint
 
-    model = dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context)
     blueprint = Blueprint.of(model, vocab=a.vocab, dtype=dtype)
     engine = Engine(blueprint, blueprint.init(0))
     prompts = np.random.default_rng(0).integers(0, a.vocab, (a.batch, a.prompt)).tolist()
@@ -197,11 +211,12 @@ def depth(a: argparse.Namespace, variant: str) -> dict[str, Any]:
 VARIANTS = {
     "loss": ["1024", "auto"],
     "depth": [f"{how}:{layers}" for layers in (4, 12, 48) for how in ("scan", "loop")],
+    "start": bench_start.VARIANTS,
     **bench_data.VARIANTS,
 }
 WHAT = dict(
     train=train, decode=decode, loss=loss, families=families, depth=depth,
-    loader=bench_data.loader, prepare=bench_data.prepare,
+    start=bench_start.start, loader=bench_data.loader, prepare=bench_data.prepare,
 )  # fmt: skip
 
 

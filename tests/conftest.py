@@ -18,6 +18,7 @@ for name, value in {
     "JAX_NUM_CPU_DEVICES": "8",  # a mesh on any machine
     "JAX_NUMPY_RANK_PROMOTION": "raise",  # x_TD + y_D must say so
     "XLA_FLAGS": " ".join(FLAGS),
+    "JAX_COMPILATION_CACHE_DIR": "",  # nothing is left in a home (scripts/test.sh names a folder)
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu compiles for a TPU that is not there ...
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # ... in several processes at once
 }.items():

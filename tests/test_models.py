@@ -377,3 +377,14 @@ def test_flops_count_what_a_token_goes_through():
     assert sparse.flops_per_token(6) == 6 * (attention + 2 * mlp + 4 * 4 + norms + head) + 12 * 2 * 6
     recurrent = Blueprint.of(dict(name="rnn", cell="gru", layers=1, width=4), vocab=V)
     assert recurrent.flops_per_token(6) == 6 * (2 * 3 * 4 * 4 + 3 * 4 + V * 4 + V), "and attention where there is none"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "t5"])
+def test_a_program_does_not_grow_with_depth(name, monkeypatch):
+    """Off the CPU, or beyond 12 layers; Gemma's repeat every few, and T5 has two stacks."""
+    monkeypatch.setattr("jaxlm.nn.stack.IN_A_ROW", 0)
+    few, many = (
+        jax.jit(lambda params, x, m=m: read(m.bind(params), x)).lower(m.shapes, np.zeros((1, T), np.int32)).as_text()
+        for m in (blueprint(name, layers=layers) for layers in (12, 48))
+    )
+    assert len(many.splitlines()) == len(few.splitlines())

@@ -1,11 +1,12 @@
-"""The TPU's splash attention kernel (Pallas): blocks of keys that nobody sees are never touched, memory linear in T."""
+"""The TPU's splash attention kernel (Pallas): blocks of keys that nobody sees are never touched, memory linear in T.
+
+It is imported when it is asked for: Pallas takes a moment, which every program on a CPU or a GPU would wait for.
+"""
 
 import functools
 import math
 
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 import numpy as np
 
 from jaxlm import axes
@@ -26,6 +27,7 @@ def refuses(
 
 def attend(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, cap: float | None = None) -> jax.Array:
     """Attention by the kernel: [B, N, T, H] in v's dtype. On anything but a TPU it runs interpreted (for tests)."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
     def local(q, k, v, segments):
         shape = q.shape[2], k.shape[2]
@@ -50,6 +52,9 @@ def _kernel(
     heads: int, shape: tuple[int, int], causal: bool, window: int | None, cap: float | None, interpret: bool
 ):  # fmt: skip
     """The compiled-in part: mask and block sizes for `heads` local heads of `shape` queries x keys."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     if window is not None:
         mask = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
     else:
