@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
 from typing import Any, NamedTuple
@@ -47,6 +46,9 @@ from jaxlm.planning import arithmetic, costs, forecast, serving
 from jaxlm.planning.arithmetic import Device, held
 from jaxlm.planning.forecast import Plan
 
+SMALLER = (
+    "Try a smaller config.batch, config.model.remat=full, or more devices under config.mesh.fsdp; --search tries them"
+)
 TRIES = 12  # steps that a search compiles, unless told otherwise
 
 
@@ -115,18 +117,11 @@ def make(
     run = assemble(config, where, words=words, slices=slices)
     if isinstance(where[0], Device):
         return _counted(config, where, run, arithmetic.kept(run.parts, run.batch, run.mesh, run.rules), price)
-    try:
-        compiled = _lower(run).compile()
-    except jax.errors.JaxRuntimeError as e:
-        raise too_large(str(e)) from e
-    took, memory = time.perf_counter() - begun, compiled.memory_analysis()
-    if memory is None:
-        raise Mistake(f"{where[0].device_kind}: this compiler tells nothing about memory")
+    compiled = costs.build(_lower(run), SMALLER)
+    (temporary, peak), took = costs.memory(compiled), time.perf_counter() - begun
     operations = hlo.read(compiled.as_text() or "")
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     known: dict[str, Any] = _known(config, where, run) | dict(
-        compiled=True, temporary_bytes=memory.temp_size_in_bytes, peak_bytes=peak, compile_seconds=took,
+        compiled=True, temporary_bytes=temporary, peak_bytes=peak, compile_seconds=took,
         estimated_cycles=sum(op.times * op.cycles for op in operations),
     )  # fmt: skip
     chip = chips.of(where[0].device_kind)
@@ -265,19 +260,6 @@ def search(
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def too_large(text: str) -> Mistake:
-    """What the compiler says of a program that it cannot place, in our words where it is about memory."""
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text) or re.search(
-        r"\(?([\d.]+\w)\)? exceeds available HBM \(([\d.]+\w)\)", text
-    )
-    if found:
-        return Mistake(
-            f"does not fit: the step needs {found[1]} of the {found[2]} that a device has. Try a smaller config.batch, "
-            "config.model.remat=full, or more devices under config.mesh.fsdp; --search tries them"
-        )
-    return Mistake(text.splitlines()[0])
 
 
 def _words(config: Mapping[str, Any]) -> Words:

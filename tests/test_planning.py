@@ -116,7 +116,8 @@ def test_a_token_is_bound_by_reading_the_weights_and_the_cache_once():
     filled = told.cache_bytes * (100 + 14) / slots
     assert told.token_roofline_seconds == pytest.approx((weights + filled) / 3.35e12)
     assert told.bound_by == "reading weights and cache" and told.token_seconds is None
-    assert serve("cpu:2", dict(data=2)).token_roofline_seconds is None
+    here = serving.make(CONFIG, jax.devices()[:8], words=WORDS, rows=8, prompt=100, new=28)
+    assert here.token_roofline_seconds is serve("cpu:8", dict(data=8)).token_roofline_seconds is None
 
 
 def test_what_cannot_be_served_is_told_before_anything_is_compiled():

@@ -10,12 +10,44 @@ import math
 import re
 from typing import Any
 
+import jax
+
 from jaxlm import chips, hlo
 from jaxlm.hlo import Operation
+from jaxlm.lookup import Mistake
 
 CYCLES = 0.88  # measured time / the compiler's estimate, where both are known (README, "Predicted and measured")
 KERNEL = 0.65  # share of the peak that attention kernels reach, fitted together with the above
 PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}  # of B x N x T x S x H, in each of splash attention's kernels
+
+
+def build(lowered: jax.stages.Lowered, advice: str) -> jax.stages.Compiled:
+    """Compile. Raises `Mistake` for a program that does not fit, with the compiler's figures and the advice."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        raise _too_large(str(e), advice) from e
+
+
+def _too_large(text: str, advice: str) -> Mistake:
+    """What the compiler says of a program that it cannot place, in our words where it is about memory."""
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text) or re.search(
+        r"\(?([\d.]+\w)\)? exceeds available HBM \(([\d.]+\w)\)", text
+    )
+    if found:
+        return Mistake(f"does not fit: the step needs {found[1]} of the {found[2]} that a device has. {advice}")
+    return Mistake(text.splitlines()[0])
+
+
+def memory(program: jax.stages.Compiled) -> tuple[int, int]:
+    """Bytes on a device: of temporaries, and in all, what is given and given back included. Raises `Mistake` where the
+    compiler does not tell.
+    """
+    told = program.memory_analysis()
+    if told is None:
+        raise Mistake("this compiler tells nothing about memory")
+    passed = told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+    return told.temp_size_in_bytes, passed + told.temp_size_in_bytes
 
 
 def count_chips(where: list[Any]) -> int:

@@ -26,6 +26,8 @@ from jaxlm.planning.arithmetic import Device, held
 from jaxlm.planning.costs import Cost
 from jaxlm.planning.forecast import Serving
 
+SMALLER = "Try fewer --rows, shorter ones, or more devices under config.mesh.tensor"
+
 
 def make(
     config: Mapping[str, Any], where: list[Any], *, words: Words, rows: int, prompt: int, new: int, slices: int = 1
@@ -48,19 +50,20 @@ def make(
         both_ways = objectives.both_ways(config.get("objective")) and blueprint.kind == "decoder"
         engine = Engine(blueprint, {}, words.vocab, both_ways)
         first, slots = _prompts(blueprint, rows, prompt, new)
-        if isinstance(where[0], Device):
+        if isinstance(where[0], Device) or engine.in_a_row:  # a CPU's weights are laid out anew from real arrays
             state = jax.eval_shape(lambda *args: engine.prefill(*args, slots=slots), params, *first)
             state = jax.tree.map(_placed, state, axes.shardings(state, mesh, rules))
             known = _bounds(blueprint, params, state, where, mesh, rows, prompt, new)
             return Serving(**known, compiled=False, peak_bytes=known["parameter_bytes"] + known["cache_bytes"])
         lowered = engine.prefill.lower(params, *first, slots=slots)
-        prefill = lowered.compile()
+        prefill = costs.build(lowered, SMALLER)
         state = jax.tree.map(_placed, lowered.out_info, prefill.output_shardings)
-        held_back = np.zeros(state.done_B.shape, bool), Sampling().rows(len(state.done_B)), engine.mark(())
-        decode = engine.decode.lower((params, None), state, *held_back, np.int32(STEPS)).compile()
+        asked = np.zeros(state.done_B.shape, bool), Sampling().rows(len(state.done_B)), engine.mark(())
+        decode = costs.build(engine.decode.lower((params, None), state, *asked, np.int32(STEPS)), SMALLER)
+    needs = costs.memory(prefill), costs.memory(decode)
     known: dict[str, Any] = _bounds(blueprint, params, state, where, mesh, rows, prompt, new) | dict(
-        compiled=True, prefill_temporary_bytes=_temporary(prefill), decode_temporary_bytes=_temporary(decode),
-        peak_bytes=max(_peak(prefill), _peak(decode)), compile_seconds=time.perf_counter() - begun,
+        compiled=True, prefill_temporary_bytes=needs[0][0], decode_temporary_bytes=needs[1][0],
+        peak_bytes=max(peak for _, peak in needs), compile_seconds=time.perf_counter() - begun,
     )  # fmt: skip
     chip = chips.of(where[0].device_kind)
     if not chip or not chip.clock:
@@ -103,23 +106,6 @@ def _prompts(blueprint: Blueprint, rows: int, prompt: int, new: int) -> tuple[tu
 
 def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-
-def _temporary(program: jax.stages.Compiled) -> int:
-    return _memory(program).temp_size_in_bytes
-
-
-def _peak(program: jax.stages.Compiled) -> int:
-    memory = _memory(program)
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return held + memory.temp_size_in_bytes
-
-
-def _memory(program: jax.stages.Compiled) -> Any:
-    memory = program.memory_analysis()
-    if memory is None:
-        raise Mistake("this compiler tells nothing about memory")
-    return memory
 
 
 def _bounds(
