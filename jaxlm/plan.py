@@ -239,7 +239,8 @@ def search(
     found = candidates(config, where, words=words, slices=slices)
     chip = chips.of(where[0].device_kind)
     fit = [one for one in found if not chip or one.bytes <= chip.hbm]
-    yield f"{len(found)} candidates, {len(found) - len(fit)} too large by arithmetic; at most {tries} are compiled"
+    most = min(tries, len(fit))
+    yield f"{len(found)} candidates, {len(found) - len(fit)} too large by arithmetic; at most {most} are tried"
     failed: dict[tuple[int, int, str], int] = {}
     done, begun = 0, time.perf_counter()
     for one in fit:
@@ -248,12 +249,13 @@ def search(
         done += 1
         try:
             plan = make(one.config, where, words=words, slices=slices, price=price)
-            said = f"fits, {plan.tokens_per_second_per_device or 0:,.0f} tokens/s a device"
+            bound = "" if plan.compiled else "at most "
+            said = f"fits, {bound}{plan.tokens_per_second_per_device or 0:,.0f} tokens/s a device"
             yield plan
         except Mistake as mistake:
             failed[one.split] = one.config["batch"]
             said = str(mistake).partition(". Try")[0]
-        yield f"{done} of {min(tries, len(fit))}, {time.perf_counter() - begun:.0f} s: {one.name}: {said}"
+        yield f"{done} of {most}, {time.perf_counter() - begun:.0f} s: {one.name}: {said}"
         if done == tries:
             return
 
@@ -302,7 +304,8 @@ def main(argv: list[str]) -> None:
                 plans.append(told)
         if not plans:
             raise Mistake("nothing that was tried fits")
-        plans.sort(key=lambda plan: -(plan.tokens_per_second_per_device or 0.0))
+        if plans[0].compiled:  # else they come in the order that arithmetic puts them in
+            plans.sort(key=lambda plan: -(plan.tokens_per_second_per_device or 0.0))
     if args.json:
         for plan in plans:
             print(json.dumps(dataclasses.asdict(plan)))

@@ -115,12 +115,13 @@ def show(plan: Plan | Serving, console: Console) -> None:
 
 
 def ranking(plans: Iterable[Plan], console: Console) -> None:
-    """Print plans as the rows of one table."""
+    """Print plans as the rows of one table, in the order that they come in."""
     table = Table("mesh", "remat", "batch", "peak", "tokens/s a device", "MFU", title="What fits, fastest first")
     for plan in plans:
+        speed = f"{plan.tokens_per_second_per_device:,.0f}" if plan.tokens_per_second_per_device else "?"
         table.add_row(
-            mesh(plan), plan.remat, str(plan.batch), _gb(plan.peak_bytes),
-            f"{plan.tokens_per_second_per_device or 0:,.0f}", f"{plan.mfu or 0:.1%}",
+            mesh(plan), plan.remat, str(plan.batch), ("" if plan.compiled else "about ") + _gb(plan.peak_bytes),
+            speed if plan.compiled else f"at most {speed}", f"{plan.mfu:.1%}" if plan.mfu else "",
         )  # fmt: skip
     console.print(table)
 
