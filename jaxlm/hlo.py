@@ -60,8 +60,10 @@ def _bytes(size: tuple[str, tuple[int, ...]]) -> int:
     return int(math.prod(shape) * width)
 
 
-def read(text: str) -> list[Operation]:
-    """The operations that a step runs. Those without a cost (parameters, tuples, bitcasts) are left out."""
+def read(text: str, unknown: int = 1) -> list[Operation]:
+    """The operations that a step runs. Those without a cost (parameters, tuples, bitcasts) are left out. A loop whose
+    bound is not written down, as an argument's is not, counts `unknown` times.
+    """
     computations, entry = _computations(text)
     places = _Places(text)
 
@@ -77,7 +79,7 @@ def read(text: str) -> list[Operation]:
             kind, rest = match[3], match[4]
             called = lambda key, rest=rest: re.findall(rf"\b{key}=%?([\w.-]+)", rest)  # noqa: E731
             if kind == "while":
-                yield from walk(called("body")[0], times * _trips(computations, called("condition")[0], line))
+                yield from walk(called("body")[0], times * _trips(computations, called("condition")[0], line, unknown))
                 continue
             if kind == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
@@ -138,13 +140,13 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _trips(computations: dict[str, list[str]], condition: str, loop: str) -> int:
-    """How often a counted loop runs: the bound that its condition compares with. 1 where the condition tells none."""
+def _trips(computations: dict[str, list[str]], condition: str, loop: str, unknown: int = 1) -> int:
+    """How often a counted loop runs: the bound that its condition compares with; `unknown` where it tells none."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
     if known:
         return int(known[1])
     bounds = [re.search(r" s32\[\]\S* constant\((\d+)\)", line) for line in computations.get(condition, ())]
-    return next((int(bound[1]) for bound in bounds if bound), 1)
+    return next((int(bound[1]) for bound in bounds if bound), unknown)
 
 
 def _group(rest: str) -> tuple[int, int]:

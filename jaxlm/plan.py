@@ -2,12 +2,18 @@
 
     jaxlm plan --config=configs/tpu/published.py:llama3.1-8b --topology=v6e:16x16
     jaxlm plan --config=configs/pretrain/python_docs.py --topology=v5e:4x4 --slices=2 --config.mesh.fsdp=16
-    jaxlm plan --config=configs/tpu/published.py:llama3.1-8b --topology=v6e:16x16 --search
+    jaxlm plan --config=configs/tpu/published.py:llama3.2-1b --topology=v5e:4x4 --search --tries=8
+    jaxlm plan --config=configs/tpu/published.py:llama3.1-8b --topology=v5e:2x4 --mode=serve --rows=16 --prompt=1024 \\
+               --new=512 --config.mesh.fsdp=1 --config.mesh.tensor=8
+    jaxlm plan --config=configs/tpu/published.py:llama3.2-1b --topology=gpu:h100x8      a100, h200, b200; or cpu:8
 
-The topology is a TPU's (v4, v5e, v5p, v6e, tpu7x) and needs libtpu: pip install "jaxlm[tpu]". Without one, the devices
-of this machine. Nothing is allocated: weights and batch are shapes. --search tries meshes, batch sizes and what the
-backward pass keeps, and ranks what fits. --price, of a chip-hour, tells what the config's steps cost. --json prints one
-object a plan.
+A TPU's topology (v4, v5e, v5p, v6e, tpu7x) needs libtpu: pip install "jaxlm[tpu]". For GPUs and CPUs that are not here
+there is no compiler: of those a plan says what arithmetic can, bounds and estimates. Without a topology, the devices of
+this machine. Nothing is allocated: weights and batch are shapes.
+
+--search ranks meshes, batch sizes and what the backward pass keeps by arithmetic, and compiles the best `tries`.
+--mode=serve compiles the engine's prefill and decode. --price, of a chip-hour, tells what the config's steps cost.
+--json prints one object a plan.
 
 The time is what the TPU's compiler expects of each operation (it writes estimated cycles into its program, none for
 attention kernels), the attention kernels' FLOPs, and what devices send each other while nothing else runs.
@@ -19,73 +25,50 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from jaxlm import axes, chips, hlo, lookup, program, step
 from jaxlm import config as configs
 from jaxlm.data.store import open as open_store
 from jaxlm.data.words import Words
-from jaxlm.hlo import Operation
 from jaxlm.lookup import Mistake
 from jaxlm.nn.stack import REMAT
+from jaxlm.planning import arithmetic, costs, forecast, serving
+from jaxlm.planning.arithmetic import Device, held
+from jaxlm.planning.forecast import Plan
 
-CYCLES = 0.88  # measured time / the compiler's estimate, where both are known (README, "Predicted and measured")
-KERNEL = 0.65  # share of the peak that attention kernels reach, fitted together with the above
-PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}  # of B x N x T x S x H, in each of splash attention's kernels
+SMALLER = (
+    "Try a smaller config.batch, config.model.remat=full, or more devices under config.mesh.fsdp; --search tries them"
+)
+TRIES = 12  # steps that a search compiles, unless told otherwise
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a compiled train step will take, by one device unless said otherwise. Bytes, seconds, FLOPs."""
+class Run(NamedTuple):
+    """A config's run on a mesh, as shapes."""
 
-    model: str
-    devices: int
-    kind: str
-    mesh: dict[str, int]
-    batch: int
-    length: int
-    remat: str
-    parameters: int
-    parameter_bytes: int
-    optimizer_bytes: int
-    batch_bytes: int
-    temporary_bytes: int
-    peak_bytes: int
-    hbm_bytes: float | None
-    flops_per_token: float
-    flops_per_step: float  # of the model, all devices together
-    estimated_cycles: int
-    compute_seconds: float | None
-    attention_seconds: float | None
-    exposed_seconds: float | None
-    step_seconds: float | None
-    roofline_seconds: float | None
-    tokens_per_second_per_device: float | None
-    mfu: float | None
-    days: float | None  # for the config's steps
-    dollars: float | None  # for them, where a price is given
-    input_bytes_per_second: float | None  # of all hosts together
-    compile_seconds: float
-    uncounted: list[str]  # kernels whose time is not known, and so not in any of the above
-    operations: list[dict[str, Any]]
-    collectives: list[dict[str, Any]]
+    parts: step.Parts
+    batch: dict[str, Any]
+    mesh: Mesh
+    rules: dict[str, Any]
 
 
 def devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of a TPU topology such as `v5e:4x4`. Raises `Mistake` without libtpu, or for a topology it does not
-    know.
+    """The devices of a TPU topology such as `v5e:4x4`, or stand-ins for those of `gpu:h100x8` or `cpu:8`. Raises
+    `Mistake` without libtpu, or for a topology that is not known.
     """
+    if topology.startswith(("gpu", "cpu")):
+        if slices != 1:
+            raise Mistake(f"--slices={slices} is for TPUs; GPUs of several hosts are one --topology=gpu:KINDxCOUNT")
+        return arithmetic.devices(topology)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for the TPU machine that this is not
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
@@ -95,10 +78,8 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
         raise Mistake(f"--topology={topology}: {str(e).splitlines()[0]}{hint}") from e
 
 
-def lower_step(
-    config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1
-) -> tuple[step.Parts, dict[str, Any], jax.stages.Lowered]:
-    """The parts of a run, the shapes of its batch and its train step, traced for these devices."""
+def assemble(config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1) -> Run:
+    """The parts of a run and the shapes of its batch, placed on these devices."""
     mesh = lookup.spend("config.mesh", axes.mesh, {**config.get("mesh", {}), "slices": slices}, devices=where)
     rules = {**axes.RULES, **config.get("rules", {})}
     names = ("model", "optimizer", "steps", "objective", "guard", "seed", "accumulate", "ema", "dtype")
@@ -110,222 +91,177 @@ def lower_step(
         example, rows = parts.task.features(row, np.random.default_rng(0)), config["batch"]
         place = NamedSharding(mesh, axes.spec("B", (rows,), mesh, rules))
         batch = {n: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=place) for n, x in example.items()}
-        return parts, batch, parts.update.lower(parts.shapes, batch)
+    return Run(parts, batch, mesh, rules)
 
 
 def compile_step(
     config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1
 ) -> tuple[step.Parts, jax.stages.Compiled]:
     """The parts of a run and its train step, compiled for these devices by the real compiler."""
-    parts, _, lowered = lower_step(config, where, words=words, slices=slices)
-    return parts, lowered.compile()
+    run = assemble(config, where, words=words, slices=slices)
+    return run.parts, _lower(run).compile()
+
+
+def _lower(run: Run) -> jax.stages.Lowered:
+    with axes.on(run.mesh, run.rules):
+        return run.parts.update.lower(run.parts.shapes, run.batch)
 
 
 def make(
     config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1, price: float = 0.0
 ) -> Plan:  # fmt: skip
-    """Compile and weigh the train step; `price` is of a chip-hour. Raises `Mistake` when it does not fit, with the
-    compiler's figures.
+    """Compile and weigh the train step, or weigh it by arithmetic where the devices are stand-ins; `price` is of a
+    chip-hour. Raises `Mistake` when a compiled step does not fit, with the compiler's figures.
     """
     begun = time.perf_counter()
-    parts, batch, lowered = lower_step(config, where, words=words, slices=slices)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as e:
-        raise _too_large(str(e)) from e
-    took, memory = time.perf_counter() - begun, compiled.memory_analysis()
-    if memory is None:
-        raise Mistake(f"{where[0].device_kind}: this compiler tells nothing about memory")
-    mesh = jax.tree.leaves(parts.shapes)[0].sharding.mesh
+    run = assemble(config, where, words=words, slices=slices)
+    if isinstance(where[0], Device):
+        return _counted(config, where, run, arithmetic.kept(run.parts, run.batch, run.mesh, run.rules), price)
+    compiled = costs.build(_lower(run), SMALLER)
+    (temporary, peak), took = costs.memory(compiled), time.perf_counter() - begun
     operations = hlo.read(compiled.as_text() or "")
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    tokens = config["batch"] * config["length"]
-    flops = parts.blueprint.flops_per_token(config["length"])
+    known: dict[str, Any] = _known(config, where, run) | dict(
+        compiled=True, temporary_bytes=temporary, peak_bytes=peak, compile_seconds=took,
+        estimated_cycles=sum(op.times * op.cycles for op in operations),
+    )  # fmt: skip
     chip = chips.of(where[0].device_kind)
-    cost = _Cost(operations, mesh, chip, _torus(where), slices) if chip and chip.clock else None
-    seconds = cost and cost.step
+    if not chip or not chip.clock:
+        return Plan(**known)
+    cost = costs.Cost(operations, run.mesh, chip, costs.torus(where), slices)
     return Plan(
-        parts.blueprint.name, mesh.size, where[0].device_kind, dict(mesh.shape), config["batch"], config["length"],
-        getattr(parts.blueprint.config, "remat", "none"), parts.blueprint.size, _held(parts.shapes["params"]),
-        _held({n: x for n, x in parts.shapes.items() if n != "params"}), _held(batch), memory.temp_size_in_bytes,
-        peak, chip and chip.hbm, flops, flops * tokens, sum(op.times * op.cycles for op in operations),
-        cost and cost.compute, cost and cost.attention, cost and cost.exposed, seconds,
-        chip and flops * tokens / mesh.size / chip.flops,
-        seconds and tokens / mesh.size / seconds,
-        seconds and chip and flops * tokens / mesh.size / seconds / chip.flops,
-        seconds and seconds * config["steps"] / 86_400,
-        (seconds and price and seconds * config["steps"] / 3_600 * _chips(where) * price) or None,
-        seconds and sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values()) / seconds,
-        took, cost.uncounted if cost else [], cost.dearest(10) if cost else [], cost.sent() if cost else [],
+        **known, **_paced(config, where, known, cost.step, price), step_seconds=cost.step, compute_seconds=cost.compute,
+        attention_seconds=cost.attention, exposed_seconds=cost.exposed, uncounted=cost.uncounted,
+        operations=cost.dearest(10), collectives=cost.sent(),
+        mfu=known["flops_per_step"] / run.mesh.size / cost.step / chip.flops,
     )  # fmt: skip
 
 
-def _held(tree: Any) -> int:
-    """Bytes of a tree of placed shapes on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _counted(config: Mapping[str, Any], where: list[Any], run: Run, row: float, price: float) -> Plan:
+    """The plan by arithmetic, where the backward pass is left `row` bytes a row of the batch."""
+    known = _known(config, where, run)
+    parts = config.get("accumulate", 1)
+    gradients = known["parameter_bytes"] * (1 if parts == 1 else 2)
+    temporary = round(gradients + row * config["batch"] / parts / run.mesh.size)
+    sends = arithmetic.sends(run.parts, config, where, run.mesh)
+    bound = known["roofline_seconds"]
+    return Plan(
+        **known, **(_paced(config, where, known, bound, price) if bound else {}), compiled=False,
+        temporary_bytes=temporary, collectives=sends,
+        peak_bytes=known["parameter_bytes"] + known["optimizer_bytes"] + known["batch_bytes"] + temporary,
+        sending_seconds=sum(row["seconds"] for row in sends) if bound else None,
+    )  # fmt: skip
 
 
-def _too_large(text: str) -> Mistake:
-    """What the compiler says of a step that it cannot place, in our words where it is about memory."""
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text) or re.search(
-        r"\(?([\d.]+\w)\)? exceeds available HBM \(([\d.]+\w)\)", text
-    )
-    if found:
-        return Mistake(
-            f"does not fit: the step needs {found[1]} of the {found[2]} that a device has. Try a smaller config.batch, "
-            "config.model.remat=full, or more devices under config.mesh.fsdp; --search tries them"
-        )
-    return Mistake(text.splitlines()[0])
+def _known(config: Mapping[str, Any], where: list[Any], run: Run) -> dict[str, Any]:
+    """What is told of a run by its shapes, its places and the makers of its devices."""
+    parts, mesh, chip = run.parts, run.mesh, chips.of(where[0].device_kind)
+    flops = parts.blueprint.flops_per_token(config["length"])
+    tokens = config["batch"] * config["length"]
+    least = arithmetic.least_flops(parts.blueprint, config["length"]) * tokens
+    params = held(parts.shapes["params"])
+    rest = held({n: x for n, x in parts.shapes.items() if n != "params"})
+    row = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in run.batch.values())
+    return dict(
+        model=parts.blueprint.name, devices=mesh.size, hosts=arithmetic.hosts(where), kind=where[0].device_kind,
+        mesh=dict(mesh.shape), batch=config["batch"], length=config["length"],
+        remat=getattr(parts.blueprint.config, "remat", "none"), parameters=parts.blueprint.size,
+        parameter_bytes=params, optimizer_bytes=rest, batch_bytes=held(run.batch), hbm_bytes=chip and chip.hbm,
+        flops_per_token=flops, flops_per_step=flops * tokens,
+        input_bytes_per_step=row * arithmetic.host_rows(config["batch"], mesh, run.rules),
+        roofline_seconds=chip and max(least / mesh.size / chip.flops, 2 * (params + rest) / chip.read),
+    )  # fmt: skip
 
 
-def _chips(where: list[Any]) -> int:
-    """How many chips the devices are; of some kinds, a chip is two."""
-    return len({(getattr(d, "slice_index", 0), *d.coords) for d in where})
+def _paced(
+    config: Mapping[str, Any], where: list[Any], known: Mapping[str, Any], seconds: float, price: float
+) -> dict[str, Any]:
+    """What follows from the time of a step."""
+    hours = seconds * config["steps"] / 3_600
+    return dict(
+        tokens_per_second_per_device=config["batch"] * config["length"] / known["devices"] / seconds,
+        days=hours / 24, dollars=hours * costs.count_chips(where) * price or None,
+        input_bytes_per_second=known["input_bytes_per_step"] / seconds,
+    )  # fmt: skip
 
 
-def _torus(where: list[Any]) -> tuple[int, ...]:
-    """How many chips the torus of one slice has along each axis."""
-    places = [d.coords for d in where if getattr(d, "slice_index", 0) == getattr(where[0], "slice_index", 0)]
-    return tuple(len({place[axis] for place in places}) for axis in range(3))
+class Candidate(NamedTuple):
+    """A run that a search may compile, with what arithmetic says of it."""
+
+    name: str
+    split: tuple[int, int, str]  # fsdp, tensor, remat
+    config: dict[str, Any]
+    bytes: float  # a device needs, about
+    seconds: float  # a token of a device takes, about
 
 
-class _Cost:
-    """Where the time of a compiled TPU program goes."""
+def candidates(
+    config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1
+) -> list[Candidate]:  # fmt: skip
+    """The config on other meshes, by other remat policies and with half and double the batch, most promising first."""
+    count, chip = len(where) // slices, chips.of(where[0].device_kind)
+    splits = [(f, t) for t in (1, 2, 4, 8) for f in _divisors(count // t) if count % t == 0 and f * t * 8 >= count]
+    found, left = [], {}  # what the forward pass leaves to the backward pass, by remat: the same on every mesh
+    for (fsdp, tensor), remat in itertools.product(splits, REMAT):
+        changed = {
+            **config,
+            "mesh": dict(data=-1, fsdp=fsdp, tensor=tensor),
+            "model": {**config["model"], "remat": remat},
+        }
+        least = len(where) // tensor * config.get("accumulate", 1)
+        batches = [n for n in (config["batch"] // 2, config["batch"], 2 * config["batch"]) if n and n % least == 0]
+        if not batches:
+            continue
+        run = assemble({**changed, "batch": batches[0]}, where, words=words, slices=slices)
+        if remat not in left:
+            left[remat] = arithmetic.kept(run.parts, run.batch, run.mesh, run.rules)
+        for batch in batches:
+            tried, name = {**changed, "batch": batch}, f"fsdp {fsdp}, tensor {tensor}, remat {remat}, batch {batch}"
+            counted = _counted(tried, where, _with_rows(run, batch), left[remat], 0.0)
+            seconds = arithmetic.about(counted, chip) / batch if chip else float(counted.peak_bytes)
+            found.append(Candidate(name, (fsdp, tensor, remat), tried, counted.peak_bytes, seconds))
+    return sorted(found, key=lambda one: one.seconds)
 
-    def __init__(self, operations: list[Operation], mesh: Any, chip: chips.Chip, torus: tuple[int, ...], slices: int):
-        self.operations, self.mesh, self.chip, self.torus, self.slices = operations, mesh, chip, torus, slices
-        self.compute = sum(op.times * self.seconds(op) for op in operations if op.cycles)
-        self.uncounted = sorted({op.name for op in operations if op.kind == "custom-call" and not self.seconds(op)})
-        self.attention = sum(op.times * self.seconds(op) for op in operations if op.kind == "custom-call")
-        sends = [op for op in operations if op.kind in hlo.COLLECTIVES]
-        beside = sum(op.times * self.link(op) for op in sends if op.begun)
-        self.exposed = sum(op.times * self.link(op) for op in sends if not op.begun)
-        self.exposed += max(0.0, beside - self.compute - self.attention)
-        self.step = self.compute + self.attention + self.exposed
 
-    def seconds(self, op: Operation) -> float:
-        """One run of a kernel, or of what has an estimate."""
-        if op.kind != "custom-call":
-            return CYCLES * op.cycles / self.chip.clock
-        products = next((n for name, n in PRODUCTS.items() if name in op.scope + op.name), 0)
-        products += products == 4 and any(len(shape) == 5 for _, shape in op.sizes)  # one kernel for all gradients
-        floats = [shape for dtype, shape in op.inputs if dtype in ("bf16", "f32") and len(shape) > 2]
-        q, k = (floats + [(0, 0, 0)] * 2)[:2]  # [rows, heads, tokens, H]; a single row has no axis of its own
-        seen = float((re.search(r"seen_([\d.]+)", op.scope) or ["", "1"])[1])
-        return 2 * products * math.prod(q) * k[-2] * seen / (KERNEL * self.chip.flops)
-
-    def link(self, op: Operation) -> float:
-        """One run of a collective over the links that its group has."""
-        inside = self.mesh.size // self.slices
-        if op.group * op.stride > inside:  # it crosses slices: the slow network carries what one device of each sends
-            return op.sent / self.chip.outside
-        return op.sent / self.chip.within(op.group, self.torus)
-
-    def dearest(self, count: int) -> list[dict[str, Any]]:
-        """The lines of source whose operations take longest, forward and backward apart."""
-        sums: dict[tuple[str, str], float] = {}
-        for op in self.operations:
-            passed = "backward" if "transpose(" in op.scope else "forward"
-            passed = "recomputed" if "rematted" in op.scope else passed
-            key = (op.source or op.kind, passed)
-            spent = self.link(op) if op.kind in hlo.COLLECTIVES else self.seconds(op)
-            sums[key] = sums.get(key, 0.0) + op.times * spent
-        top = sorted(sums.items(), key=lambda item: -item[1])[:count]
-        return [dict(source=source, when=when, seconds=spent) for (source, when), spent in top]
-
-    def sent(self) -> list[dict[str, Any]]:
-        """Collectives by kind and mesh axes: how many a step, the bytes that a device sends, the time on the links."""
-        sums: dict[tuple[str, str], list[float]] = {}
-        for op in self.operations:
-            if op.kind in hlo.COLLECTIVES:
-                total = sums.setdefault((op.kind, self._axes(op)), [0, 0.0, 0.0])
-                for i, x in enumerate((1, op.sent, self.link(op))):
-                    total[i] += op.times * x
-        rows = sorted(sums.items(), key=lambda item: -item[1][2])
-        return [dict(kind=k, axes=a, count=int(n), bytes=b, seconds=s) for (k, a), (n, b, s) in rows]
-
-    def _axes(self, op: Operation) -> str:
-        """The mesh axes that a collective joins, by how far its neighbours are apart."""
-        names, stride = [], self.mesh.size
-        for name, size in self.mesh.shape.items():
-            stride //= size
-            if size > 1 and op.stride <= stride < op.stride * op.group:
-                names.append(name)
-        return " x ".join(names) or "all"
+def _with_rows(run: Run, rows: int) -> Run:
+    """The same with so many rows in a batch."""
+    resized = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)  # noqa: E731
+    return run._replace(batch={name: resized(x) for name, x in run.batch.items()})
 
 
 def search(
-    config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1, price: float = 0.0
-) -> Iterator[Plan | str]:
-    """Plans of the config on other meshes, by other remat policies and with half and double the batch; of what fails,
-    why. A larger batch than one that does not fit is not tried.
+    config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1, price: float = 0.0,
+    tries: int = TRIES,
+) -> Iterator[Plan | str]:  # fmt: skip
+    """Plans of the `tries` candidates that arithmetic finds fastest and that it does not find too large, and on the way
+    what is being done. A larger batch than one that does not fit is not tried.
     """
-    count = len(where) // slices
-    splits = [(f, t) for t in (1, 2, 4, 8) for f in _divisors(count // t) if count % t == 0 and f * t * 8 >= count]
-    for (fsdp, tensor), remat in itertools.product(splits, REMAT):
-        for batch in (config["batch"] // 2, config["batch"], config["batch"] * 2):
-            ways = len(where) // tensor
-            if not batch or batch % (ways * config.get("accumulate", 1)):
-                continue
-            mesh = dict(data=-1, fsdp=fsdp, tensor=tensor)
-            tried = {**config, "batch": batch, "mesh": mesh, "model": {**config["model"], "remat": remat}}
-            name = f"fsdp {fsdp}, tensor {tensor}, remat {remat}, batch {batch}"
-            try:
-                yield make(tried, where, words=words, slices=slices, price=price)
-            except Mistake as mistake:
-                yield f"{name}: {mistake}"
-                break
+    yield "Counting what each mesh, remat policy and batch would need"
+    found = candidates(config, where, words=words, slices=slices)
+    chip = chips.of(where[0].device_kind)
+    fit = [one for one in found if not chip or one.bytes <= chip.hbm]
+    most = min(tries, len(fit))
+    yield f"{len(found)} candidates, {len(found) - len(fit)} too large by arithmetic; at most {most} are tried"
+    failed: dict[tuple[int, int, str], int] = {}
+    done, begun = 0, time.perf_counter()
+    for one in fit:
+        if one.config["batch"] >= failed.get(one.split, sys.maxsize):
+            continue
+        done += 1
+        try:
+            plan = make(one.config, where, words=words, slices=slices, price=price)
+            bound = "" if plan.compiled else "at most "
+            said = f"fits, {bound}{plan.tokens_per_second_per_device or 0:,.0f} tokens/s a device"
+            yield plan
+        except Mistake as mistake:
+            failed[one.split] = one.config["batch"]
+            said = str(mistake).partition(". Try")[0]
+        yield f"{done} of {most}, {time.perf_counter() - begun:.0f} s: {one.name}: {said}"
+        if done == tries:
+            return
 
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def show(plan: Plan, console: Console) -> None:
-    """Print a plan as tables."""
-    gb = lambda n: f"{n / 1e9:.2f} GB"  # noqa: E731
-    table = Table(title=f"{plan.model} on {plan.devices} x {plan.kind}, {_mesh(plan)}", show_header=False)
-    rows: dict[str, str] = {
-        "parameters": f"{plan.parameters:,}",
-        "a device holds of them": gb(plan.parameter_bytes),
-        "of the optimizer": gb(plan.optimizer_bytes),
-        "of the batch": gb(plan.batch_bytes),
-        "of activations and other temporaries": gb(plan.temporary_bytes),
-        "at the peak": gb(plan.peak_bytes) + (f" of {gb(plan.hbm_bytes)}" if plan.hbm_bytes else ""),
-        "model FLOPs per token, per step": f"{plan.flops_per_token:.3g}, {plan.flops_per_step:.3g}",
-    }
-    if plan.step_seconds is not None and plan.roofline_seconds is not None:
-        rows |= {
-            "step": f"{plan.step_seconds:.3f} s; at the peak of all units {plan.roofline_seconds:.3f} s",
-            "of it products and the rest": f"{plan.compute_seconds:.3f} s ({plan.estimated_cycles / 1e9:.3f} G cycles)",
-            "attention kernels": f"{plan.attention_seconds:.3f} s",
-            "sending, while nothing else runs": f"{plan.exposed_seconds:.3f} s",
-            "tokens/s a device": f"{plan.tokens_per_second_per_device:,.0f}",
-            "MFU": f"{plan.mfu:.1%}",
-            "the config's steps take": f"{plan.days:.2f} days" + (f", {plan.dollars:,.0f} $" if plan.dollars else ""),
-            "input, all hosts": f"{(plan.input_bytes_per_second or 0) / 1e6:.1f} MB/s",
-        }
-    for label, text in (rows | {"compiled in": f"{plan.compile_seconds:.1f} s"}).items():
-        table.add_row(label, text)
-    console.print(table)
-    if plan.uncounted:
-        console.print(f"Not in these times, as nothing tells how long they take: {', '.join(plan.uncounted)}")
-    if plan.operations:
-        table = Table("ms a step", "asked for by", "", title="What takes longest")
-        for row in plan.operations:
-            table.add_row(f"{row['seconds'] * 1e3:.1f}", row["source"], row["when"])
-        console.print(table)
-    if plan.collectives:
-        table = Table("over", "kind", "a step", "sent by a device", "ms", title="What devices send each other")
-        for row in plan.collectives:
-            sent = f"{row['bytes'] / 1e9:.3f} GB"
-            table.add_row(row["axes"], row["kind"], str(row["count"]), sent, f"{row['seconds'] * 1e3:.1f}")
-        console.print(table)
-
-
-def _mesh(plan: Plan) -> str:
-    return " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
 
 
 def _words(config: Mapping[str, Any]) -> Words:
@@ -337,37 +273,46 @@ def _words(config: Mapping[str, Any]) -> Words:
 
 
 def main(argv: list[str]) -> None:
-    """Read the command line, compile, print what a device holds and what a step takes."""
-    args = configs.parse(__doc__ or "", argv, workdir=None, topology="", slices=1, price=0.0, search=False, json=False)
-    config = args.config.to_dict()
+    """Read the command line, compile or count, print what a device holds and what a step takes."""
+    own: dict[str, Any] = dict(mode="train", rows=16, prompt=512, new=512, tries=TRIES)
+    args = configs.parse(
+        __doc__ or "", argv, workdir=None, topology="", slices=1, price=0.0, search=False, json=False, **own
+    )
+    lookup.key("--mode", args.mode, dict.fromkeys(("train", "serve")))
+    config, console = args.config.to_dict(), Console()
     words = _words(config)
     if args.topology:
         jax.config.update("jax_platforms", "cpu")  # those that the program is for are not here
-    where, console = devices(args.topology, args.slices) if args.topology else jax.devices(), Console()
-    if not args.search:
+    where = devices(args.topology, args.slices) if args.topology else jax.devices()
+    if args.mode == "serve":
+        if args.search:
+            raise Mistake("--search is for --mode=train")
+        plans: list[Any] = [
+            serving.make(
+                config, where, words=words, rows=args.rows, prompt=args.prompt, new=args.new, slices=args.slices
+            )
+        ]
+    elif not args.search:
         plans = [make(config, where, words=words, slices=args.slices, price=args.price)]
     else:
+        found = search(config, where, words=words, slices=args.slices, price=args.price, tries=args.tries)
         plans = []
-        for plan in search(config, where, words=words, slices=args.slices, price=args.price):
-            told = plan if isinstance(plan, str) else f"{_mesh(plan)}, {plan.remat}, {plan.batch}: fits"
-            console.print(told, highlight=False)
-            plans += [plan] if isinstance(plan, Plan) else []
-        plans.sort(key=lambda plan: -(plan.tokens_per_second_per_device or 0.0))
+        for told in found:
+            if isinstance(told, str):
+                console.print(told, highlight=False)
+            else:
+                plans.append(told)
         if not plans:
             raise Mistake("nothing that was tried fits")
+        if plans[0].compiled:  # else they come in the order that arithmetic puts them in
+            plans.sort(key=lambda plan: -(plan.tokens_per_second_per_device or 0.0))
     if args.json:
         for plan in plans:
             print(json.dumps(dataclasses.asdict(plan)))
     elif args.search:
-        table = Table("mesh", "remat", "batch", "peak", "tokens/s a device", "MFU", title="What fits, fastest first")
-        for plan in plans:
-            table.add_row(
-                _mesh(plan), plan.remat, str(plan.batch), f"{plan.peak_bytes / 1e9:.1f} GB",
-                f"{plan.tokens_per_second_per_device or 0:,.0f}", f"{plan.mfu or 0:.1%}",
-            )  # fmt: skip
-        console.print(table)
+        forecast.ranking(plans, console)
     else:
-        show(plans[0], console)
+        forecast.show(plans[0], console)
 
 
 if __name__ == "__main__":

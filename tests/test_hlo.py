@@ -96,3 +96,9 @@ def test_a_loop_of_this_machines_compiler_tells_how_often_it_runs():
     computations, entry = hlo._computations(text)
     loop = next(line for line in computations[entry] if " while(" in line)
     assert hlo._trips(computations, "", loop) == 5
+
+
+def test_a_loop_whose_bound_is_an_argument_counts_as_often_as_is_said():
+    text = TEXT.replace("constant(32)", "parameter(1)")
+    assert [op.times for op in hlo.read(text, 7) if op.name in ("product", "gather", "d")] == [7, 7, 1]
+    assert next(op.times for op in hlo.read(text) if op.name == "product") == 1

@@ -9,6 +9,7 @@ from jaxlm.data.words import Words
 from jaxlm.hlo import Operation
 from jaxlm.lookup import Mistake
 from jaxlm.nn import splash
+from jaxlm.planning.costs import KERNEL, Cost
 
 pytest.importorskip("libtpu", reason="the extra `tpu` brings the compiler")
 
@@ -66,9 +67,9 @@ def test_an_attention_kernel_is_counted_with_and_without_an_axis_for_its_rows():
         q, k = ((*rows, heads, 256, 128) for heads in (4, 2))
         inputs = (("s8", (1, 2, 2)), ("bf16", q), ("bf16", k), ("bf16", k), ("s32", (8, 256)))
         kernel = Operation("splash_mha_fwd.1", "custom-call", 1, 0, (("bf16", q),), inputs, "seen_0.7500/fwd", "")
-        return plan._Cost([kernel], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1).attention
+        return Cost([kernel], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1).attention
 
-    wanted = 2 * 2 * 4 * 256 * 256 * 128 * 0.75 / (plan.KERNEL * 197e12)
+    wanted = 2 * 2 * 4 * 256 * 256 * 128 * 0.75 / (KERNEL * 197e12)
     other = Operation("my_kernel.1", "custom-call", 1, 0, (), (), "", "")
-    assert plan._Cost([other], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1).uncounted == ["my_kernel.1"]
+    assert Cost([other], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1).uncounted == ["my_kernel.1"]
     assert seconds() == pytest.approx(wanted) and seconds(3) == pytest.approx(3 * wanted)

@@ -69,7 +69,7 @@ class Blueprint:
         """Number of parameters."""
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.shapes))
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: float) -> float:
         """Model FLOPs of one token's forward and backward pass: 6 a parameter that multiplies, and attention over
         `length` keys, where the family has heads. Of experts those count that a token is sent to; of an
         encoder-decoder, one token of each.

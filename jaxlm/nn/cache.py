@@ -19,6 +19,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from jaxlm import axes
 from jaxlm.axes import shaped
 
 Layers = jax.Array | tuple[jax.Array, ...]
@@ -42,9 +43,10 @@ class Cache:
         cls, layers: int, batch: int, kv_heads: int, slots: int, head_width: int, dtype: jnp.dtype,
         values: bool = True,
     ) -> "Cache":  # fmt: skip
-        """Room for `slots` tokens in each row, none taken."""
+        """Room for `slots` tokens in each row, none taken; on a mesh, split by rows and heads."""
         shape = (layers, batch, kv_heads, slots, head_width)
-        k_LBKSH, v_LBKSH = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype) if values else None
+        empty = lambda: axes.constrain(jnp.zeros(shape, dtype), "LBKSH")  # noqa: E731
+        k_LBKSH, v_LBKSH = empty(), empty() if values else None
         return cls(k_LBKSH, v_LBKSH, jnp.zeros(batch, jnp.int32))
 
     @shaped

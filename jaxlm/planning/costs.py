@@ -1,0 +1,126 @@
+"""Where the time of a compiled TPU program goes: the compiler's cycles, attention kernels, and what devices send.
+
+    cost = Cost(hlo.read(compiled.as_text()), mesh, chips.of("TPU v6 lite"), torus(devices), slices=1)
+    cost.step, cost.compute, cost.attention, cost.exposed                                       seconds
+
+Cycles are the compiler's own estimate of each operation, none for attention kernels: those are counted by their FLOPs.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+
+from jaxlm import chips, hlo
+from jaxlm.hlo import Operation
+from jaxlm.lookup import Mistake
+
+CYCLES = 0.88  # measured time / the compiler's estimate, where both are known (README, "Predicted and measured")
+KERNEL = 0.65  # share of the peak that attention kernels reach, fitted together with the above
+PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}  # of B x N x T x S x H, in each of splash attention's kernels
+
+
+def build(lowered: jax.stages.Lowered, advice: str) -> jax.stages.Compiled:
+    """Compile. Raises `Mistake` for a program that does not fit, with the compiler's figures and the advice."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        raise _too_large(str(e), advice) from e
+
+
+def _too_large(text: str, advice: str) -> Mistake:
+    """What the compiler says of a program that it cannot place, in our words where it is about memory."""
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text) or re.search(
+        r"\(?([\d.]+\w)\)? exceeds available HBM \(([\d.]+\w)\)", text
+    )
+    if found:
+        return Mistake(f"does not fit: the step needs {found[1]} of the {found[2]} that a device has. {advice}")
+    return Mistake(text.splitlines()[0])
+
+
+def memory(program: jax.stages.Compiled) -> tuple[int, int]:
+    """Bytes on a device: of temporaries, and in all, what is given and given back included. Raises `Mistake` where the
+    compiler does not tell.
+    """
+    told = program.memory_analysis()
+    if told is None:
+        raise Mistake("this compiler tells nothing about memory")
+    passed = told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+    return told.temp_size_in_bytes, passed + told.temp_size_in_bytes
+
+
+def count_chips(where: list[Any]) -> int:
+    """How many chips the devices are; of some kinds, a chip is two."""
+    return len({(getattr(d, "slice_index", 0), *getattr(d, "coords", (d.id,))) for d in where})
+
+
+def torus(where: list[Any]) -> tuple[int, ...]:
+    """How many chips the torus of one slice has along each axis."""
+    places = [d.coords for d in where if getattr(d, "slice_index", 0) == getattr(where[0], "slice_index", 0)]
+    return tuple(len({place[axis] for place in places}) for axis in range(3))
+
+
+class Cost:
+    """Where the time of a compiled TPU program goes."""
+
+    def __init__(self, operations: list[Operation], mesh: Any, chip: chips.Chip, torus: tuple[int, ...], slices: int):
+        self.operations, self.mesh, self.chip, self.torus, self.slices = operations, mesh, chip, torus, slices
+        self.compute = sum(op.times * self.seconds(op) for op in operations if op.cycles)
+        self.uncounted = sorted({op.name for op in operations if op.kind == "custom-call" and not self.seconds(op)})
+        self.attention = sum(op.times * self.seconds(op) for op in operations if op.kind == "custom-call")
+        sends = [op for op in operations if op.kind in hlo.COLLECTIVES]
+        beside = sum(op.times * self.link(op) for op in sends if op.begun)
+        self.exposed = sum(op.times * self.link(op) for op in sends if not op.begun)
+        self.exposed += max(0.0, beside - self.compute - self.attention)
+        self.step = self.compute + self.attention + self.exposed
+
+    def seconds(self, op: Operation) -> float:
+        """One run of a kernel, or of what has an estimate."""
+        if op.kind != "custom-call":
+            return CYCLES * op.cycles / self.chip.clock
+        products = next((n for name, n in PRODUCTS.items() if name in op.scope + op.name), 0)
+        products += products == 4 and any(len(shape) == 5 for _, shape in op.sizes)  # one kernel for all gradients
+        floats = [shape for dtype, shape in op.inputs if dtype in ("bf16", "f32") and len(shape) > 2]
+        q, k = (floats + [(0, 0, 0)] * 2)[:2]  # [rows, heads, tokens, H]; a single row has no axis of its own
+        seen = float((re.search(r"seen_([\d.]+)", op.scope) or ["", "1"])[1])
+        return 2 * products * math.prod(q) * k[-2] * seen / (KERNEL * self.chip.flops)
+
+    def link(self, op: Operation) -> float:
+        """One run of a collective over the links that its group has."""
+        inside = self.mesh.size // self.slices
+        if op.group * op.stride > inside:  # it crosses slices: the slow network carries what one device of each sends
+            return op.sent / self.chip.outside
+        return op.sent / self.chip.within(op.group, self.torus)
+
+    def dearest(self, count: int) -> list[dict[str, Any]]:
+        """The lines of source whose operations take longest, forward and backward apart."""
+        sums: dict[tuple[str, str], float] = {}
+        for op in self.operations:
+            passed = "backward" if "transpose(" in op.scope else "forward"
+            passed = "recomputed" if "rematted" in op.scope else passed
+            key = (op.source or op.kind, passed)
+            spent = self.link(op) if op.kind in hlo.COLLECTIVES else self.seconds(op)
+            sums[key] = sums.get(key, 0.0) + op.times * spent
+        top = sorted(sums.items(), key=lambda item: -item[1])[:count]
+        return [dict(source=source, when=when, seconds=spent) for (source, when), spent in top]
+
+    def sent(self) -> list[dict[str, Any]]:
+        """Collectives by kind and mesh axes: how many a step, the bytes that a device sends, the time on the links."""
+        sums: dict[tuple[str, str], list[float]] = {}
+        for op in self.operations:
+            if op.kind in hlo.COLLECTIVES:
+                total = sums.setdefault((op.kind, self._axes(op)), [0, 0.0, 0.0])
+                for i, x in enumerate((1, op.sent, self.link(op))):
+                    total[i] += op.times * x
+        rows = sorted(sums.items(), key=lambda item: -item[1][2])
+        return [dict(kind=k, axes=a, count=int(n), bytes=b, seconds=s) for (k, a), (n, b, s) in rows]
+
+    def _axes(self, op: Operation) -> str:
+        """The mesh axes that a collective joins, by how far its neighbours are apart."""
+        names, stride = [], self.mesh.size
+        for name, size in self.mesh.shape.items():
+            stride //= size
+            if size > 1 and op.stride <= stride < op.stride * op.group:
+                names.append(name)
+        return " x ".join(names) or "all"
