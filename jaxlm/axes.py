@@ -10,12 +10,14 @@ The same letters check shapes while tracing (`shaped`) and place every array on 
 a rule table says which mesh axes may split a letter. Letters are served from the left, T behind all others, and a mesh
 axis serves once, so one table does for parameters and activations:
 
-    wq_DNH    D fsdp, N tensor
-    x_BTD     B data x fsdp, T sequence x tensor      between layers devices have tokens of their own; D goes without
-    q_BNTH    B data x fsdp, N tensor, T sequence     so does h_BTF: tensor splits what is wide, T has what is left
+    wq_DNH    D fsdp x expert, N tensor
+    up_EDF    E expert, D fsdp, F tensor
+    x_BTD     B data x fsdp x expert, T sequence x tensor    between layers devices have tokens of their own; D has none
+    q_BNTH    B data x fsdp x expert, N tensor, T sequence   so has h_BTF: tensor splits what is wide, T what is left
 
 So around each layer the tokens are gathered over `tensor`, and its sums scattered (arXiv:2205.05198). Attention over
-tokens that `sequence` splits is `nn/context.py`. Batches themselves are split by B alone: a row of ids is small.
+tokens that `sequence` splits is `nn/context.py`; `nn/moe.py` sends tokens to the experts that `expert` splits. Batches
+themselves are split by B alone: a row of ids is small.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,10 +38,10 @@ import numpy as np
 from jaxlm.lookup import Mistake, miss
 
 ALPHABET = "BTSDFVNKGHERCL"
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 RULES: Mapping[str, str | tuple[str, ...]] = {
-    "B": ("data", "fsdp"), "D": "fsdp", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor",
-    "T": ("sequence", "tensor"),
+    "B": ("data", "fsdp", "expert"), "D": ("fsdp", "expert"), "E": "expert", "V": "tensor", "N": "tensor",
+    "K": "tensor", "F": "tensor", "T": ("sequence", "tensor"),
 }  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable)
@@ -85,15 +87,16 @@ def shaped(fn: Function) -> Function:
 
 
 def mesh(
-    *, data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, slices: int = 1, devices: Any = None
+    *, data: int = -1, fsdp: int = 1, expert: int = 1, sequence: int = 1, tensor: int = 1, slices: int = 1,
+    devices: Any = None,
 ) -> Mesh:  # fmt: skip
-    """Arrange the devices (all unless given) as data x fsdp x sequence x tensor; one size may be -1: what is left.
+    """Arrange the devices (all unless given) in the order of `MESH_AXES`; one size may be -1: what is left.
 
     Slices are joined by the slow network, so they only ever divide the data axis. Sizes that ask for fewer devices than
     one host has leave the others idle, and the log says so. Raises `Mistake` when the sizes fit the devices in no way.
     """
     devices = jax.devices() if devices is None else list(devices)
-    asked = dict(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
+    asked = dict(data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
     sizes = dict(asked)
     known = math.prod(n for n in sizes.values() if n != -1)
     free = [axis for axis, n in sizes.items() if n == -1]
@@ -111,7 +114,7 @@ def mesh(
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
         array = mesh_utils.create_hybrid_device_mesh(
-            inner, (slices, 1, 1, 1), devices=devices, allow_split_physical_axes=True
+            inner, (slices, *(1,) * len(shape[1:])), devices=devices, allow_split_physical_axes=True
         )
     else:
         array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)

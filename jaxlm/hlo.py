@@ -4,7 +4,8 @@
     sum(op.times * op.cycles for op in operations)          a TPU's compiler writes down what it expects of each
 
 A loop's body is counted as often as the loop runs. Of a choice the dearest branch counts. What is fused into one
-operation is one, but for collectives, which are listed wherever they are.
+operation is one, but for collectives, which are listed wherever they are. What is sent to other slices through the host
+is a collective, too, and begun: the program of one slice does it by `send`.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import dataclasses
 import functools
 import math
 import re
+
+import numpy as np
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "token": 0, "bf16": 2, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -65,7 +68,7 @@ def read(text: str, unknown: int = 1) -> list[Operation]:
     bound is not written down, as an argument's is not, counts `unknown` times.
     """
     computations, entry = _computations(text)
-    places = _Places(text)
+    places, devices = _Places(text), int((re.search(r"\bnum_partitions=(\d+)", text) or ["", "1"])[1])
 
     @functools.cache
     def weight(name: str) -> int:
@@ -91,7 +94,9 @@ def read(text: str, unknown: int = 1) -> list[Operation]:
                 continue
             if kind == "fusion":
                 yield from (op for op in walk(called("calls")[0], times) if op.kind in COLLECTIVES)
-            operation = _operation(match, times, places)
+            operation = _operation(match, times, places) or _crossing(match, times, devices)
+            if operation and operation.kind == "ragged-all-to-all":
+                operation = _evenly(operation, rest, computations[name])
             if operation is not None:
                 yield operation
 
@@ -117,6 +122,28 @@ def _operation(match: re.Match, times: int, places: "_Places") -> Operation | No
         _sizes(operands[1]) if kernel and operands else (), scope[1] if scope else "",
         places.of(int(frame[1])) if frame else places.written(rest), group, stride, begun,
     )  # fmt: skip
+
+
+def _crossing(match: re.Match, times: int, devices: int) -> Operation | None:
+    """What a device exchanges with those in its place in other slices, of so many devices each."""
+    name, result, kind, rest = match.groups()
+    what = re.search(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', rest)
+    if kind != "send" or not what:
+        return None
+    slices = len(what[1].split(","))
+    base = what[2].lower().replace("_", "-")
+    return Operation(name, base, times, 0, _sizes(result)[:1], (), "", "", slices, devices, begun=True)
+
+
+def _evenly(op: Operation, rest: str, lines: list[str]) -> Operation:
+    """What a ragged exchange sends where all get as much: the smaller of what goes in and comes out, of which the other
+    has room for the most that there may be.
+    """
+    operand = (re.match(r"%?([\w.-]+)", rest) or [""])[0].lstrip("%")
+    given = next((m[2] for m in map(_INSTRUCTION.match, lines) if m and m[1] == operand), "")
+    return dataclasses.replace(
+        op, sizes=min(op.sizes, _sizes(given)[:1] or op.sizes, key=lambda s: sum(map(_bytes, s)))
+    )
 
 
 def _sizes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -152,27 +179,32 @@ def _trips(computations: dict[str, list[str]], condition: str, loop: str, unknow
 def _group(rest: str) -> tuple[int, int]:
     """How many devices a collective joins, and how far neighbours are apart in the mesh.
 
-    replica_groups={{0,4},{1,5},...}                          2, 4
-    replica_groups=[4,2]<=[2,4]T(1,0)                         2, 4
-    replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}     2, 4
+    replica_groups={{0,4},{1,5},...}                                                    2, 4
+    replica_groups=[4,2]<=[2,4]T(1,0)                                                   2, 4
+    replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}                               2, 4
+    replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}     2, 4
     """
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    iota = re.search(r"(?:device_ids=\(|<=)\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", rest)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        used = re.findall(r"'(\w+)'", named[2])
-        names = list(sizes)
-        last = max((names.index(name) for name in used if sizes[name] > 1), default=len(names) - 1)
-        return math.prod(sizes[name] for name in used), math.prod(sizes[name] for name in names[last + 1 :])
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", rest)
-    if listed:
-        ids = [int(n) for n in listed[1].split(",")]
-        return len(ids), abs(ids[1] - ids[0]) if len(ids) > 1 else 1
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-    if not iota:
+        used = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        ids = (_iota(iota) if iota else np.arange(math.prod(sizes.values()))).reshape(*sizes.values())
+        first = np.moveaxis(ids, used, range(-len(used), 0)).reshape(-1, math.prod(ids.shape[at] for at in used))[0]
+    elif listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", rest):
+        first = np.asarray([int(n) for n in listed[1].split(",")])
+    elif iota and (groups := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest)):
+        first = _iota(iota).reshape(int(groups[1]), int(groups[2]))[0]
+    else:
         return 1, 1
-    sizes_, order = ([int(n) for n in part.split(",")] for part in (iota[3], iota[4] or "0"))
-    last = order[-1] if iota[4] else len(sizes_) - 1
-    return int(iota[2]), math.prod(sizes_[last + 1 :])
+    return len(first), int(abs(first[1] - first[0])) if len(first) > 1 else 1
+
+
+def _iota(found: re.Match) -> np.ndarray:
+    """Devices in the order of [2,4]T(1,0): 0 to 7 as rows of 4, transposed."""
+    sizes = [int(n) for n in found[1].split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in found[2].split(",")]) if found[2] else ids
 
 
 class _Places:

@@ -7,7 +7,7 @@ import pytest
 from jaxlm import hlo
 
 # As the TPU's compiler writes it, shortened.
-TEXT = """HloModule jit_step, is_scheduled=true
+TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 FileNames
 1 "/any/jaxlm/models/llama.py"
@@ -59,6 +59,11 @@ ENTRY %main.1_spmd (p: bf16[8,4]) -> bf16[8,4] {
   %p = bf16[8,4]{1,0} parameter(0)
   %loop = (s32[]{:T(128)}, bf16[8,4]{1,0}) while(%start), condition=%cond, body=%body
   %either = f32[8]{0} conditional(%which, %a, %b), branch_computations={%cheap, %dear}
+  %little = f32[16,4]{1,0} parameter(1)
+  %room = f32[64,4]{1,0} broadcast(%zero), dimensions={}
+  %there = f32[64,4]{1,0} ragged-all-to-all(%little, %room, %i, %s, %o, %r), replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}
+  %back = f32[16,4]{1,0} ragged-all-to-all(%there, %little, %i, %s, %o, %r), replica_groups={{0,4},{1,5},{2,6},{3,7}}
+  %send = (f32[6]{0}, u32[], token[]) send(%little, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %sum = (f32[6]{0}, f32[6]{0}) all-reduce-start(%either, %either), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
 }
 """  # noqa: E501
@@ -81,6 +86,18 @@ def test_collectives_are_found_within_fusions_with_their_group_and_what_they_sen
     assert gather.sent == 3 / 4 * 32 * 4 * 2 and inner.sent == 1 / 2 * 8 * 4 * 2 * 2
     assert (total.kind, total.group, total.stride, total.begun) == ("all-reduce", 2, 4, True)
     assert total.sent == 2 * 1 / 2 * 2 * 6 * 4
+
+
+def test_a_ragged_exchange_sends_what_there_is_and_not_what_there_is_room_for(operations):
+    there, back = operations["there"], operations["back"]
+    assert there.sent == back.sent == 1 / 2 * 16 * 4 * 4
+    assert (there.group, there.stride) == (back.group, back.stride) == (2, 4)
+
+
+def test_what_goes_to_other_slices_through_the_host_is_a_collective(operations):
+    send = operations["send"]
+    assert (send.kind, send.group, send.stride, send.begun) == ("all-reduce", 3, 8, True), "a slice has 8 devices"
+    assert send.sent == 2 * 2 / 3 * 6 * 4
 
 
 def test_an_operation_is_known_by_the_line_of_ours_that_asked_for_it(operations):

@@ -258,7 +258,18 @@ def gradient(name):
 EIGHT_BT = jax.random.randint(jax.random.key(0), (8, T), 0, V)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)], ids=str)
+MIXED = [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)]
+ALONE = [dict(data=8), dict(fsdp=8), dict(fsdp=2, expert=4)]  # `expert` is as `fsdp` to a model that has no experts
+
+
+def split(name, sizes):
+    new = sizes in MIXED or ("expert" in sizes and hasattr(blueprint(name).config, "experts"))
+    return pytest.param(name, sizes, marks=() if new else pytest.mark.endurance)
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [split(n, s) for n in MODELS for s in MIXED + ALONE], indirect=["name"], scope="module", ids=str
+)
 def test_eight_devices_compute_what_one_does(name, params, sizes):
     both, (want, want_grads) = gradient(name)
     mesh = axes.mesh(**sizes)

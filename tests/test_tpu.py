@@ -5,13 +5,10 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 import pytest
 
 from jaxlm import axes, plan
 from jaxlm.data.words import Words
-from jaxlm.models import Blueprint
 from tests import test_models as families
 
 pytest.importorskip("libtpu", reason="the extra `tpu` brings the compiler")
@@ -47,7 +44,7 @@ def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
     assert parts.blueprint.config.dtype == "bfloat16"
     text = program.as_text()
     _attends_by_kernel(text)
-    _moves_parameters_and_states_only(text, parts.shapes["params"], sizes)
+    _moves_parameters_and_states_only(text, parts.shapes["params"], sizes, B)
     used = {axis for axis in ("fsdp", "tensor") if axis in sizes}
     used |= {"sequence"} if model == "gpt2" and "sequence" in sizes else set()  # a table of positions has T, too
     assert _axes_used(parts.shapes["params"]) == used
@@ -71,47 +68,65 @@ def test_rows_split_over_four_times_the_tpus_take_a_part_of_the_memory_of_each()
     assert memory("v5e:4x4", dict(data=4, sequence=4), "ring") < alone / 2
 
 
+@pytest.mark.endurance
+def test_only_the_shards_of_gradients_go_to_other_slices():
+    """Summed inside a slice first, so that each device sends what it keeps: the compiler sees to it."""
+    model = dict(name="llama", layers=2, width=256, heads=2, kv_heads=2, head_width=128, mlp_width=512)
+    mesh = dict(data=2, fsdp=4)
+    config = dict(model=model, optimizer=dict(name="sgd", lr=1.0), steps=10, batch=16, length=T, mesh=mesh)
+    made = plan.make(config, plan.devices("v5e:2x2", 2), words=Words.of_size(1024), slices=2)
+    matrices = 2 * (4 * 256 * 256 + 3 * 256 * 512)  # of the layers: their gradients are bfloat16, others float32
+    gradients = 2 * matrices + 4 * (made.parameters - matrices)
+    across = sum(sent["bytes"] for sent in made.collectives if "data" in sent["axes"])
+    assert gradients / 4 <= across < 1.02 * gradients / 4, "all of a gradient for each device's part"
+
+
 # Every family, on a mesh that uses all three axes.
 
 COMBINED = dict(data=2, fsdp=2, tensor=4)
 SIZES = dict(width=256, heads=4, kv_heads=4, head_width=64, mlp_width=640, layers=2, context=T, experts=4)
+OBJECTIVES = {"decoder": "clm", "encoder": "mlm", "encoder-decoder": "span"}
 
 
 @pytest.mark.endurance  # libtpu's programs are never read back from a cache
 @pytest.mark.parametrize("name", sorted(set(families.MODELS) - set(MODELS)))
 def test_every_other_family_compiles_for_a_tpu_split_by_data_fsdp_and_tensor(name):
-    known = {f.name for f in dataclasses.fields(families.blueprint(name).config)}
-    section = {"name": name, **{k: v for k, v in SIZES.items() if k in known}}
-    compiled = _step if families.kind(name) == "decoder" else _gradient
-    params, text = compiled(section, plan.devices("v5e:4x4"))
-    if "attention" in known:
+    params, text = _step(name, "v5e:4x4", COMBINED, B)
+    if hasattr(families.blueprint(name).config, "attention"):
         _attends_by_kernel(text)
     assert _axes_used(params) == {"fsdp", "tensor"}
     assert "all-reduce" in text or "reduce-scatter" in text, "gradients are not summed over the mesh"
-    _moves_parameters_and_states_only(text, params, COMBINED)
+    _moves_parameters_and_states_only(text, params, COMBINED, B)
 
 
-def _step(section, devices):
-    """The placed parameters and the program of a real train step."""
-    optimizer = dict(name="adamw", weight_decay=0.1, clip=1.0)
-    config = dict(model=section, optimizer=optimizer, steps=10, batch=B, length=T, mesh=COMBINED)
-    parts, program = plan.compile_step(config, devices, words=Words.of_size(V))
+EIGHT = {  # other ways to split a model over eight devices: attention, mesh, what must be sent, by whom
+    "ring": ("ring", dict(data=2, sequence=4), "collective-permute", ("gpt2", "llama", "mixtral", "bert", "t5")),
+    "mixed": ("alltoall", dict(fsdp=2, sequence=2, tensor=2), "all-to-all", ("mixtral", "bert", "t5")),
+    "expert": ("auto", dict(data=2, expert=4), "ragged-all-to-all", ("mixtral",)),
+    "expert, mixed": ("auto", dict(fsdp=2, expert=2, tensor=2), "ragged-all-to-all", ("mixtral",)),
+}
+
+
+@pytest.mark.endurance
+@pytest.mark.parametrize("name, way", [(name, way) for way in EIGHT for name in EIGHT[way][-1]])
+def test_tokens_and_experts_that_are_split_compile_for_a_tpu_to_what_they_should(name, way):
+    attention, mesh, kind, _ = EIGHT[way]
+    params, text = _step(name, "v5e:2x4", mesh, B // 2, attention=attention)
+    assert f" {kind}(" in text or f" {kind}-start(" in text
+    _moves_parameters_and_states_only(text, params, mesh, B // 2)
+
+
+def _step(name, topology, mesh, batch, **more):
+    """The placed parameters and the program of a family's train step."""
+    known = {f.name for f in dataclasses.fields(families.blueprint(name).config)}
+    section = {"name": name, **{k: v for k, v in SIZES.items() if k in known}, **more}
+    objective = dict(name=OBJECTIVES[families.kind(name)])
+    config = dict(
+        model=section, objective=objective, optimizer=dict(name="sgd", lr=1.0), steps=10, batch=batch, length=T,
+        mesh=mesh,
+    )  # fmt: skip
+    parts, program = plan.compile_step(config, plan.devices(topology), words=Words.of_size(V))
     return parts.shapes["params"], program.as_text()
-
-
-def _gradient(section, devices):
-    """The same of a gradient by all logits, for a family that no objective trains yet."""
-    model, mesh = Blueprint.of(section, vocab=V, dtype="bfloat16"), axes.mesh(**COMBINED, devices=devices)
-
-    def loss(params, tokens_BT, segments_BT):
-        logits_BTV = families.read(model.bind(params), tokens_BT, segments_BT)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BT[..., None], -1).mean()
-
-    with axes.on(mesh):
-        put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
-        params = jax.tree.map(put, model.shapes, axes.shardings(model.shapes, mesh))
-        rows = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=NamedSharding(mesh, axes.spec("B", (B,), mesh)))
-        return params, jax.jit(jax.value_and_grad(loss)).lower(params, rows, rows).compile().as_text()
 
 
 def _attends_by_kernel(text):
@@ -119,19 +134,25 @@ def _attends_by_kernel(text):
     assert len(calls) >= 2, "attention is no kernel, forward or backward"
 
 
-def _moves_parameters_and_states_only(text, params, sizes):
-    """Nothing is gathered that is larger than one layer's largest matrix or the states of the tokens that a layer has
-    on a device (a stack of layers, all devices' tokens), and no logits are sent around, whole or a device's part.
+def _moves_parameters_and_states_only(text, params, sizes, batch):
+    """Nothing is gathered that is larger than one layer's largest matrix (of the experts that a device has) or the
+    states of the tokens that a layer has on a device (a stack of layers, all devices' tokens), and no logits are sent
+    around, whole or a device's part.
     """
-    rows, tokens = (math.prod(sizes.get(axis, 1) for axis in some) for some in (("data", "fsdp"), ("sequence",)))
-    shapes = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
-    largest = max(math.prod(shape[1:] if "blocks" in name else shape) for name, shape in shapes.items())
-    largest = max(largest, B // rows * T // tokens * SIZES["width"])
+    ways = lambda *some: math.prod(sizes.get(axis, 1) for axis in some)  # noqa: E731
+
+    def one(path, x):
+        own = ways("expert") if "E" in (axes.of(axes.name_of(path)) or "")[:1] else 1
+        return math.prod(x.shape[1:] if "blocks" in jax.tree_util.keystr(path) else x.shape) // own
+
+    largest = max(one(*leaf) for leaf in jax.tree_util.tree_leaves_with_path(params))
+    largest = max(largest, batch // ways("data", "fsdp", "expert") * T // ways("sequence") * SIZES["width"])
     for types, kind in re.findall(r"= ([^=]*?) (all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(", text):
         for shape in re.findall(r"\w+\[([\d,]*)\]", types):
             lengths = [int(n) for n in shape.split(",") if n]
             assert kind == "all-reduce" or math.prod(lengths) <= largest, f"{kind} of {lengths}"
-            assert not {V, V // 4} & set(lengths) or math.prod(lengths) <= largest, f"{kind} of {lengths}: logits"
+            logits = {V, V // ways("tensor")} & set(lengths)
+            assert not logits or math.prod(lengths) <= largest, f"{kind} of {lengths}: logits"
 
 
 def _axes_used(params):

@@ -3,6 +3,15 @@
 Tokens are sorted by expert, so that each expert's lie together; one ragged product a layer of the MLP does the rest.
 Where devices have rows of their own, each sorts its own tokens: sorted together, all tokens would go to every device.
 One CPU has faster ways: all experts for many tokens, copies of the chosen for a few.
+
+Where devices have experts of their own as well (`config.mesh.expert`), tokens travel (arXiv:2006.16668), but without a
+limit to what a device takes, so the results are one device's:
+
+    sorted by expert    0 0 0 1 2 2 3 3    tokens of a device, of which two devices have two experts each
+    sent, received      0 0 0 1 | 0 1 1    what this device sends itself, and what the other one has for it
+    sorted again        0 0 0 0 1 1 1      and the same way back
+
+A TPU sends what there is, into a buffer for what there may be: every token of every device. See `_exchanged`.
 """
 
 from collections.abc import Callable
@@ -52,11 +61,11 @@ class MoE(nnx.Module):
         weight, expert = jax.lax.top_k(prob, self.chosen)  # [tokens, chosen]
         if self.renormalised:
             weight = weight / weight.sum(axis=-1, keepdims=True)
-        E, _, F = self.gate_EDF.shape
+        E = self.gate_EDF.shape[0]
         matrices = (w[...].astype(x.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
         place = axes.here()
         alone = axes.platform() == "cpu" and (place is None or place[0].size == 1)
-        mixed = _in_parts(B, T, E, F) if not alone else _picked if expert.size < E else _all
+        mixed = _in_parts(B, T, self.gate_EDF.shape) if not alone else _picked if expert.size < E else _all
         y = mixed(x, weight.astype(x.dtype), expert, *matrices).reshape(B, T, D)
         real = jnp.ones(x.shape[:-1]) if real_BT is None else real_BT.reshape(x.shape[:-1]).astype(jnp.float32)
         real = (real / jnp.maximum(real.sum(), 1.0))[..., None]
@@ -66,20 +75,21 @@ class MoE(nnx.Module):
         return axes.constrain(y, "BTD"), Routing(balance, z)
 
 
-def _in_parts(B: int, T: int, E: int, F: int) -> Callable[..., jax.Array]:
+def _in_parts(B: int, T: int, shape: tuple[int, ...]) -> Callable[..., jax.Array]:
     """`_mixed`, on each device for the tokens of B x T that it has, by its part of F: what the parts make of a token is
-    summed once. How the experts themselves are split is left open.
+    summed once. Experts [E, D, F] that are split as tokens are stay where they are; other splits of E are left open.
     """
     place = axes.here()
     if place is None:
         return _mixed
-    rows, some, _, parts = axes.spec("BTEF", (B, T, E, F), *place)
-    names = {name for to in (rows, some, parts) for name in ((to,) if isinstance(to, str) else to or ())}
+    rows, _, _, parts = axes.spec("BTEF", (B, T, shape[0], shape[2]), *place)
+    spread, home = axes.splitting("T", "BT", (B, T)), axes.splitting("E", "EDF", shape)
+    names = {*axes.names(rows), *spread, *axes.names(parts)}
     if not names:
         return _mixed
-    spread = axes.splitting("T", "BT", (B, T))
+    home = home if {*home} <= names else ()
     shared = parts in spread  # devices have parts of all that they have between them, and tokens of their own before
-    ours = PartitionSpec(rows, spread if shared else some) if spread else PartitionSpec(rows)
+    ours = PartitionSpec(rows, spread) if spread else PartitionSpec(rows)
 
     def mixed(x, weight, expert, gate_EDF, up_EDF, down_EFD):
         if shared:
@@ -87,12 +97,13 @@ def _in_parts(B: int, T: int, E: int, F: int) -> Callable[..., jax.Array]:
         elif parts is not None:  # said here, its gradient is summed here: once a token, not once an expert
             x, weight = (jax.lax.pcast(a, parts, to="varying") for a in (x, weight))
         tokens, weight, expert = (a.reshape(-1, a.shape[-1]) for a in (x, weight, expert))
-        y = _mixed(tokens, weight, expert, gate_EDF, up_EDF, down_EFD).reshape(x.shape)
+        some = (tokens, weight, expert, gate_EDF, up_EDF, down_EFD)
+        y = (_exchanged(*some, home) if home else _mixed(*some)).reshape(x.shape)
         if shared:
             return jax.lax.psum_scatter(y, parts, scatter_dimension=1, tiled=True)
         return y if parts is None else jax.lax.psum(y, parts)
 
-    into, out = PartitionSpec(None, None, parts), PartitionSpec(None, parts)
+    into, out = PartitionSpec(home or None, None, parts), PartitionSpec(home or None, parts)
     return jax.shard_map(
         mixed, mesh=place[0], in_specs=(ours, ours, ours, into, into, out), out_specs=ours, axis_names=names
     )
@@ -105,10 +116,51 @@ def _mixed(
     chosen, flat = expert.shape[1], expert.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     counts = jnp.bincount(flat, length=len(gate_EDF)).astype(jnp.int32)
-    rows = x[order // chosen]
+    out = _by_expert(x[order // chosen], counts, gate_EDF, up_EDF, down_EFD)
+    return jnp.zeros_like(x).at[order // chosen].add(out * weight.reshape(-1)[order][:, None])
+
+
+def _by_expert(rows: jax.Array, counts: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array):
+    """Of rows [.., D] the first `counts[0]` by the first expert, and so on."""
     hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_EDF, counts)) * jax.lax.ragged_dot(rows, up_EDF, counts)
-    out = jax.lax.ragged_dot(hidden, down_EFD, counts) * weight.reshape(-1)[order][:, None]
-    return jnp.zeros_like(x).at[order // chosen].add(out)
+    return jax.lax.ragged_dot(hidden, down_EFD, counts)
+
+
+def _exchanged(
+    x: jax.Array, weight: jax.Array, expert: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array,
+    over: tuple[str, ...],
+) -> jax.Array:  # fmt: skip
+    """`_mixed` where each device `over` these mesh axes has tokens and experts of its own."""
+    (tokens, chosen), own, devices = expert.shape, len(gate_EDF), jax.lax.axis_size(over)
+    flat, most = expert.reshape(-1), tokens * min(chosen, own)  # rows that one device may send to one other
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.bincount(flat, length=devices * own).astype(jnp.int32).reshape(devices, own)
+    theirs = jax.lax.all_to_all(counts, over, 0, 0, tiled=True)  # [devices, own]: rows that each has for my experts
+    sent, received, size = counts.sum(axis=1), theirs.sum(axis=1), devices * most
+    rows = _exchange(x[order // chosen], sent, received, size, most, over)
+    whose = jnp.repeat(jnp.tile(jnp.arange(own), devices), theirs.reshape(-1), total_repeat_length=size)
+    again = jnp.argsort(jnp.where(jnp.arange(size) < received.sum(), whose, own), stable=True)
+    out = _by_expert(rows[again], theirs.sum(axis=0), gate_EDF, up_EDF, down_EFD)
+    out = _exchange(out[jnp.argsort(again)], received, sent, len(flat), most, over)
+    return jnp.zeros_like(x).at[order // chosen].add(out * weight.reshape(-1)[order][:, None])
+
+
+def _exchange(
+    rows: jax.Array, sent: jax.Array, received: jax.Array, size: int, most: int, over: tuple[str, ...]
+) -> jax.Array:  # fmt: skip
+    """Rows [size, D] from all devices, one device's behind another's, then zeros: `sent` of mine, which lie in that
+    order, to each; `received` from each. One sends one other `most` rows at most.
+    """
+    begin, land = jnp.cumsum(sent) - sent, jnp.cumsum(received) - received
+    empty = jnp.pad(rows[:0], ((0, size), (0, 0)))  # zeros that are each device's own, as rows are
+    if axes.platform() != "cpu":
+        there = jax.lax.all_to_all(land, over, 0, 0, tiled=True)  # where mine will lie on each device
+        return jax.lax.ragged_all_to_all(rows, empty, begin, sent, there, received, axis_name=over)
+    each = jnp.arange(most)[None]  # a CPU can send as much to all only: room for the most
+    parts = rows[jnp.minimum(begin[:, None] + each, len(rows) - 1)]
+    parts = jax.lax.all_to_all(parts, over, 0, 0, tiled=True)
+    lands = jnp.where(each < received[:, None], land[:, None] + each, size)
+    return empty.at[lands].set(parts, mode="drop")
 
 
 def _all(x, weight, expert, gate_EDF, up_EDF, down_EFD):

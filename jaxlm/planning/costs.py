@@ -117,10 +117,10 @@ class Cost:
         return [dict(kind=k, axes=a, count=int(n), bytes=b, seconds=s) for (k, a), (n, b, s) in rows]
 
     def _axes(self, op: Operation) -> str:
-        """The mesh axes that a collective joins, by how far its neighbours are apart."""
+        """The mesh axes that a collective joins, or joins parts of, by how far its neighbours are apart."""
         names, stride = [], self.mesh.size
         for name, size in self.mesh.shape.items():
             stride //= size
-            if size > 1 and op.stride <= stride < op.stride * op.group:
+            if size > 1 and max(op.stride, stride) < min(op.stride * op.group, stride * size):
                 names.append(name)
         return " x ".join(names) or "all"

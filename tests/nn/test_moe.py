@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import axes
+from jaxlm import axes, hlo
 from jaxlm.models import Blueprint
 from jaxlm.nn.moe import MoE
 from jaxlm.objectives import clm
@@ -99,6 +99,30 @@ def test_the_loss_has_the_routers_terms():
     _, _, added = more.bind(params).routed(tokens, segments_BT=batch["segments"])
     assert a.nll == pytest.approx(float(b.nll)) and added > 0.4
     assert b.loss - a.loss == pytest.approx(12 * float(added), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, expert=4), dict(expert=2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("even", [True, False], ids=["even", "all to one"])
+def test_tokens_that_travel_to_their_experts_are_all_served_and_come_back(sizes, even):
+    """However many an expert gets: there is room for every token of every device."""
+    moe = MoE(D, 48, 4, 2, renormalised=True, std=0.5, out_std=0.5, rngs=nnx.Rngs(0))
+    if not even:  # the last two experts, which one device has, for all
+        moe.router_DE[...] = 0.1 * moe.router_DE[...].at[:, 2:].add(9.0)
+    graph, params = nnx.split(moe)
+    both = lambda run: jax.value_and_grad(lambda p, x: (run(nnx.merge(graph, p), x) ** 2).sum(), argnums=(0, 1))  # noqa: E731
+    x = np.abs(np.random.default_rng(0).normal(size=(8, 6, D))).astype(np.float32)
+    want = jax.jit(both(dense_sum))(params, jnp.asarray(x))
+    mesh = axes.mesh(**sizes)
+    with axes.on(mesh):
+        placed, x_BTD = jax.device_put(params, axes.shardings(params, mesh)), axes.put({"x": x}, 8, mesh)["x"]
+        program = jax.jit(both(lambda m, x: m(x)[0])).lower(placed, x_BTD).compile()
+        got = program(placed, x_BTD)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+    operations, tensor, own = hlo.read(program.as_text() or ""), sizes.get("tensor", 1), 4 // sizes["expert"]
+    sent = {op.sizes[0][1] for op in operations if op.kind == "all-to-all" and op.sizes[0][0] == "f32"}
+    assert sent == {(1, tensor * 6 * min(2, own), D)}, "of each of a device's tokens as many as the other has experts"
+    gathered = [shape for op in operations if op.kind == "all-gather" for _, shape in op.sizes if 48 // tensor in shape]
+    assert all(np.prod(shape) <= own * D * 48 // tensor for shape in gathered), "no device has the experts of another"
 
 
 @pytest.mark.parametrize("sizes", [dict(tensor=4, fsdp=2), dict(data=2, tensor=2, fsdp=2)], ids=str)
