@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 from rich.console import Console
 
-from jaxlm import axes, chips, hlo, lookup, program, step
+from jaxlm import axes, chips, hlo, log, lookup, program, step
 from jaxlm import config as configs
 from jaxlm.data.store import open as open_store
 from jaxlm.data.words import Words
@@ -80,6 +80,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
 
 def assemble(config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1) -> Run:
     """The parts of a run and the shapes of its batch, placed on these devices."""
+    step.check_batch(config["batch"], config.get("accumulate", 1))
     mesh = lookup.spend("config.mesh", axes.mesh, {**config.get("mesh", {}), "slices": slices}, devices=where)
     rules = {**axes.RULES, **config.get("rules", {})}
     names = ("model", "optimizer", "steps", "objective", "guard", "seed", "accumulate", "ema", "dtype")
@@ -279,6 +280,10 @@ def main(argv: list[str]) -> None:
         __doc__ or "", argv, workdir=None, topology="", slices=1, price=0.0, search=False, json=False, **own
     )
     lookup.key("--mode", args.mode, dict.fromkeys(("train", "serve")))
+    lookup.within("--", 1, slices=args.slices, rows=args.rows, prompt=args.prompt, new=args.new, tries=args.tries)
+    lookup.within("--", 0, price=args.price)
+    if not args.search:
+        log.setup()  # what does not divide over the mesh, and so is not split
     config, console = args.config.to_dict(), Console()
     words = _words(config)
     if args.topology:

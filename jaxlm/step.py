@@ -89,6 +89,13 @@ def assemble(
     return Parts(blueprint, task, tx, rate, limits, update, state)
 
 
+def check_batch(batch: int, accumulate: int) -> None:
+    """Raise `Mistake` for rows of a step that are none, or that do not divide in so many parts."""
+    lookup.within("config.", 1, batch=batch, accumulate=accumulate)
+    if batch % accumulate:
+        raise lookup.Mistake(f"config.batch={batch} is no multiple of config.accumulate={accumulate}")
+
+
 def init(tx: optax.GradientTransformation, params: Any, *, ema: float) -> State:
     """The state before the first step; trace it under jit, so that each device makes only what it holds."""
     progress: State = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "in_row", "seen")}

@@ -75,9 +75,7 @@ def train(
     grid = lookup.spend("config.mesh", axes.mesh, mesh)
     rules = {**axes.RULES, **(rules or {})}
     when = lookup.spend("config.every", Every, every)
-    lookup.within("config.", 1, batch=batch, accumulate=accumulate)
-    if batch % accumulate:
-        raise Mistake(f"config.batch={batch} is no multiple of config.accumulate={accumulate}")
+    steps_.check_batch(batch, accumulate)
 
     with axes.on(grid, rules), Stop() as stop:
         blueprint, task, tx, rate, limits, update, shapes = steps_.assemble(

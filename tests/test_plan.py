@@ -21,7 +21,7 @@ def get_config(size="full"):
     c.model = dict(name="llama", layers=2, width=256, heads=2, kv_heads=2, mlp_width=512, remat="full")
     c.prepare = dict(tokenizer=dict(vocab=512))
     c.optimizer = dict(name="adamw", lr=1e-3)
-    c.mesh = dict(data=1, fsdp=4)
+    c.mesh, c.accumulate = dict(data=1, fsdp=4), 1
     return c
 """
 
@@ -43,6 +43,30 @@ def test_a_plan_tells_memory_time_operations_and_what_is_sent(tmp_path, capsys):
     assert told["dollars"] == pytest.approx(told["days"] * 24 * 4 * 1.5)
     assert len(told["operations"]) == 10 and any(op["source"].startswith("jaxlm/") for op in told["operations"])
     assert all(sent["axes"] == "fsdp" for sent in told["collectives"] if sent["kind"] != "collective-permute")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config.batch=0"], "config.batch=0 is not 1 or more"),
+        (["--config.batch=7", "--config.accumulate=2"], "config.batch=7 is no multiple of config.accumulate=2"),
+        (["--slices=0"], "--slices=0 is not 1 or more"),
+        (["--price=-5"], "--price=-5.0 is not 0 or more"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_told_before_anything_is_compiled(tmp_path, flags, message):
+    (tmp_path / "config.py").write_text(CONFIG)
+    with pytest.raises(Mistake, match=message):
+        plan.main([f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", *flags])
+
+
+def test_rows_that_do_not_divide_over_the_devices_are_said(tmp_path, capsys, caplog):
+    """Else it plans, without a word, that all devices compute the same rows."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    with caplog.at_level("INFO", "jaxlm"):
+        plan.main([f"--config={tmp_path / 'config.py'}", "--topology=cpu:4", "--config.batch=6", "--json"])
+    assert "axis B of size 6 does not divide over fsdp=4; not split" in caplog.text
 
 
 @pytest.mark.endurance  # large products take the compiler long
