@@ -85,7 +85,7 @@ def test_only_the_shards_of_gradients_go_to_other_slices():
 
 COMBINED = dict(data=2, fsdp=2, tensor=4)
 SIZES = dict(width=256, heads=4, kv_heads=4, head_width=64, mlp_width=640, layers=2, context=T, experts=4)
-OBJECTIVES = {"decoder": "clm", "encoder": "mlm", "encoder-decoder": "span"}
+OBJECTIVES = {"decoder": "clm", "encoder": "mlm", "encoder-decoder": "denoise"}  # whose targets are as long as sources
 
 
 @pytest.mark.endurance  # libtpu's programs are never read back from a cache

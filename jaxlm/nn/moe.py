@@ -116,14 +116,25 @@ def _mixed(
     chosen, flat = expert.shape[1], expert.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     counts = jnp.bincount(flat, length=len(gate_EDF)).astype(jnp.int32)
-    out = _by_expert(x[order // chosen], counts, gate_EDF, up_EDF, down_EFD)
+    out = _by_expert(x[order // chosen], counts, gate_EDF, up_EDF, down_EFD, full=True)
     return jnp.zeros_like(x).at[order // chosen].add(out * weight.reshape(-1)[order][:, None])
 
 
-def _by_expert(rows: jax.Array, counts: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array):
-    """Of rows [.., D] the first `counts[0]` by the first expert, and so on."""
-    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_EDF, counts)) * jax.lax.ragged_dot(rows, up_EDF, counts)
-    return jax.lax.ragged_dot(hidden, down_EFD, counts)
+def _by_expert(
+    rows: jax.Array, counts: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, *, full: bool
+) -> jax.Array:  # fmt: skip
+    """What experts make of rows [.., D]: of the first `counts[0]` the first one, and so on. If these are not all, what
+    comes out behind them may be anything, but reaches no gradient.
+    """
+
+    @jax.checkpoint  # else what is kept for it is as large as y
+    def clear(y, count):
+        return jnp.where(jnp.arange(len(y))[:, None] < count, y, jnp.zeros((), y.dtype))
+
+    gate, up = (jax.lax.ragged_dot(rows, w_EDF, counts) for w_EDF in (gate_EDF, up_EDF))
+    if not full:  # a kernel may leave there what was in memory, and nothing times what is not a number is no number
+        gate, up = (clear(y, counts.sum()) for y in (gate, up))
+    return jax.lax.ragged_dot(jax.nn.silu(gate) * up, down_EFD, counts)
 
 
 def _exchanged(
@@ -140,7 +151,7 @@ def _exchanged(
     rows = _exchange(x[order // chosen], sent, received, size, most, over)
     whose = jnp.repeat(jnp.tile(jnp.arange(own), devices), theirs.reshape(-1), total_repeat_length=size)
     again = jnp.argsort(jnp.where(jnp.arange(size) < received.sum(), whose, own), stable=True)
-    out = _by_expert(rows[again], theirs.sum(axis=0), gate_EDF, up_EDF, down_EFD)
+    out = _by_expert(rows[again], theirs.sum(axis=0), gate_EDF, up_EDF, down_EFD, full=False)
     out = _exchange(out[jnp.argsort(again)], received, sent, len(flat), most, over)
     return jnp.zeros_like(x).at[order // chosen].add(out * weight.reshape(-1)[order][:, None])
 

@@ -125,6 +125,43 @@ def test_tokens_that_travel_to_their_experts_are_all_served_and_come_back(sizes,
     assert all(np.prod(shape) <= own * D * 48 // tensor for shape in gathered), "no device has the experts of another"
 
 
+def test_what_a_kernel_leaves_in_rows_behind_the_last_reaches_no_result(monkeypatch):
+    """JAX promises nothing of them; a TPU's kernel does not write them."""
+    moe = MoE(D, 16, 4, 2, renormalised=True, std=0.5, out_std=0.5, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(moe)
+    x, product = np.random.default_rng(0).normal(size=(4, 6, D)).astype(np.float32), jax.lax.ragged_dot
+
+    @jax.custom_vjp
+    def unwritten(rows, w, counts):
+        return forward(rows, w, counts)[0]
+
+    def dirty(y, counts):
+        return jnp.where(jnp.arange(len(y))[:, None] < counts.sum(), y, jnp.nan)
+
+    def forward(rows, w, counts):
+        return dirty(product(rows, w, counts), counts), (rows, w, counts)
+
+    def backward(kept, d):
+        rows, w, counts = kept
+        ends, at = jnp.cumsum(counts), jnp.arange(len(rows))[:, None]
+        whose = (at >= (ends - counts)[None]) & (at < ends[None])
+        d_w = jnp.einsum("re,rd,rf->edf", whose.astype(d.dtype), rows, d)  # zeros times what was left
+        return dirty(product(d, w.swapaxes(1, 2), counts), counts), d_w, None
+
+    unwritten.defvjp(forward, backward)
+
+    def run():
+        loss = lambda p, x: (nnx.merge(graph, p)(x)[0] ** 2).sum()  # noqa: E731
+        mesh = axes.mesh(data=1, expert=4)
+        with axes.on(mesh):
+            placed, x_BTD = jax.device_put(params, axes.shardings(params, mesh)), axes.put({"x": x}, 4, mesh)["x"]
+            return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(placed, x_BTD)
+
+    want = run()
+    monkeypatch.setattr(jax.lax, "ragged_dot", unwritten)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(), want)
+
+
 @pytest.mark.parametrize("sizes", [dict(tensor=4, fsdp=2), dict(data=2, tensor=2, fsdp=2)], ids=str)
 def test_experts_on_eight_devices_compute_what_one_does(sizes):
     shape = dict(name="mixtral", layers=2, width=16, heads=4, kv_heads=4, head_width=4, mlp_width=32, experts=4)
