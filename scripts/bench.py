@@ -7,6 +7,7 @@
     scripts/bench.py families --json [--layers=6 --width=384 ...]       forward + backward of every family, one shape
     scripts/bench.py depth  --json                                      compile time of 4, 12, 48 layers, scan and loop
     scripts/bench.py start  --json                                      to the first step of a run, first and later
+    scripts/bench.py costs  --json [--variant=context]                  how a step grows with each size, with exponents
     scripts/bench.py loader --json [--context=2048 --batch=8]           from a token store to batches, every objective
     scripts/bench.py prepare --json [--megabytes=200]                   clean + dedup + tokenize; tokenizers alone
 
@@ -29,6 +30,7 @@ import sys
 import time
 from typing import Any
 
+import bench_costs
 import bench_data
 import bench_start
 
@@ -211,12 +213,13 @@ def depth(a: argparse.Namespace, variant: str) -> dict[str, Any]:
 VARIANTS = {
     "loss": ["1024", "auto"],
     "depth": [f"{how}:{layers}" for layers in (4, 12, 48) for how in ("scan", "loop")],
+    "costs": [*bench_costs.SIZES],
     "start": bench_start.VARIANTS,
     **bench_data.VARIANTS,
 }
 WHAT = dict(
     train=train, decode=decode, loss=loss, families=families, depth=depth,
-    start=bench_start.start, loader=bench_data.loader, prepare=bench_data.prepare,
+    costs=bench_costs.costs, start=bench_start.start, loader=bench_data.loader, prepare=bench_data.prepare,
 )  # fmt: skip
 
 

@@ -139,21 +139,32 @@ def chunked(
     bias: Bias | None = None, chunk: int = 256,
 ) -> jax.Array:  # fmt: skip
     """The same with memory linear in T: one block of queries at a time, computed again in the backward pass
-    (arXiv:2112.05682).
+    (arXiv:2112.05682), over the keys that its quarter of the queries may see at all.
     """
-    B, N, T, H = q_BNTH.shape
+    T, S = q_BNTH.shape[2], k_BKSH.shape[2]
+    spans = _spans(mask, T, S)
+    if all((low, high) == (0, S) for _, _, low, high in spans):
+        spans = ((0, T, 0, S),)  # one loop for all is less to compile
+    outs = [_in_blocks(q_BNTH, k_BKSH, v_BKSH, mask, cap, bias, chunk, *span) for span in spans]
+    return jnp.concatenate(outs, axis=2)
+
+
+def _in_blocks(q, k, v, mask: Mask, cap: float | None, bias: Bias | None, chunk: int, first, last, low, high):
+    """Attention of queries first..last over keys low..high, `chunk` queries at a time."""
+    q, k, v = q[:, :, first:last], k[:, :, low:high], v[:, :, low:high]
+    B, N, T, H = q.shape
     chunk = min(chunk, T)
     blocks = -(-T // chunk)
-    q = jnp.pad(q_BNTH, ((0, 0), (0, 0), (0, blocks * chunk - T), (0, 0)))
 
     @jax.checkpoint
     def block(_, xs):
         q_BNtH, start = xs
-        at = jnp.minimum(start + jnp.arange(chunk), T - 1)  # padded queries repeat the last one, and are cut off below
-        return None, _block(q_BNtH, k_BKSH, v_BKSH, mask, cap, bias, at, jnp.arange(k_BKSH.shape[2]))
+        at = jnp.minimum(start + jnp.arange(chunk), last - 1)  # padded queries repeat the last one, and are cut off
+        return None, _block(q_BNtH, k, v, mask, cap, bias, at, jnp.arange(low, high))
 
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * chunk - T), (0, 0)))
     q = q.reshape(B, N, blocks, chunk, H).transpose(2, 0, 1, 3, 4)
-    out = jax.lax.scan(block, None, (q, jnp.arange(blocks) * chunk))[1]
+    out = jax.lax.scan(block, None, (q, first + jnp.arange(blocks) * chunk))[1]
     return out.transpose(1, 2, 0, 3, 4).reshape(B, N, blocks * chunk, H)[:, :, :T]
 
 
