@@ -38,6 +38,7 @@ from jaxlm.data.store import open as open_store
 from jaxlm.data.words import Words
 from jaxlm.hlo import Operation
 from jaxlm.lookup import Mistake
+from jaxlm.nn import pipeline
 from jaxlm.nn.stack import REMAT
 
 CYCLES = 0.88  # measured time / the compiler's estimate, where both are known (README, "Predicted and measured")
@@ -102,7 +103,8 @@ def lower_step(
     mesh = lookup.spend("config.mesh", axes.mesh, {**config.get("mesh", {}), "slices": slices}, devices=where)
     rules = {**axes.RULES, **config.get("rules", {})}
     names = ("model", "optimizer", "steps", "objective", "guard", "seed", "accumulate", "ema", "dtype")
-    with axes.on(mesh, rules):
+    schedule = lookup.spend("config.pipeline", pipeline.Schedule, config.get("pipeline"))
+    with axes.on(mesh, rules), pipeline.on(schedule):
         given = {n: config[n] for n in names if n in config}
         parts = step.assemble(words=words, mesh=mesh, rules=rules, length=config["length"], **given)
         names = ("tokens", "segments", *(("other_tokens", "other_segments") if parts.task.pairs else ()))
