@@ -123,7 +123,8 @@ class Model(nnx.Module):
         def step(block, carry, rows, extra):
             x_BTD, cache, sums = carry
             x_BTD, cache, routing = block(x_BTD, *rows, cache, *extra)
-            return x_BTD, cache, jax.tree.map(lambda all, one: all.at[:, extra[0]].set(one), sums, routing)
+            put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, extra[0], 1)  # noqa: E731
+            return x_BTD, cache, jax.tree.map(put, sums, routing)
 
         start = (embed(self.embed_VD, tokens_BT, c.dtype), cache, Routing.empty(len(tokens_BT), c.layers, c.experts))
         per_layer = (np.arange(c.layers), keys)

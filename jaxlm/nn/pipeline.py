@@ -126,7 +126,7 @@ def run(
     def program(params: Any, carry: Any, rows: Any, per_layer: Any) -> Any:
         me = jax.lax.axis_index(AXIS)
         params = jax.tree.map(lambda x: _dealt(x, stages, repeats, me), params)
-        mine = lambda x: x.reshape(repeats, stages, chunk, *x.shape[1:])[:, me].swapaxes(0, 1)  # noqa: E731
+        mine = lambda x: _at(x.reshape(repeats, stages, chunk, *x.shape[1:]), me, 1).swapaxes(0, 1)  # noqa: E731
         per_layer = jax.tree.map(mine, per_layer)
         cut = lambda x: x.reshape(-1, parts // stages, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
         given = jax.tree.map(cut, (carry, rows))  # [groups, rows of a microbatch, ...]: of each group, one begins here
@@ -137,17 +137,17 @@ def run(
             since = t - me  # turns since the first microbatch was here
             repeat = since % around // stages if repeats > 1 else 0
             number = (since // around * stages + since % stages) % parts
-            coming = _choose(t % around == 0, jax.tree.map(lambda x: x[t // around], given), coming)
-            x, read = _choose((me == 0) & (since % around < stages), coming, going)
+            coming = _choose(t % around == 0, _at(given, t // around), coming)
+            x, read = jax.tree.map(_whole, _choose((me == 0) & (since % around < stages), coming, going))
 
             def one(x: Any, xs: Any, kind: Any) -> Any:
-                weights, extra = jax.tree.map(lambda x: x[repeat], xs)
+                weights, extra = _at(xs, repeat)
                 return layer(x, read, (weights, _own_keys(extra, number)), kind)
 
             x = through(one, x, (params, per_layer), kinds[:chunk])
             leaving = _choose(me == stages - 1, x, leaving)
             group = jnp.maximum(t + 1 - stages, 0) // around  # all of it is home at the last turn that writes here
-            done = jax.tree.map(lambda all, x: all.at[group].set(x), done, leaving)
+            done = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, group, 0), done, leaving)
             return (_shift(coming, -1), _shift((x, read), 1), _shift(leaving, -1), done), None
 
         start = (idle, idle, idle[0], jax.tree.map(jnp.zeros_like, given[0]))
@@ -161,8 +161,18 @@ def run(
     )(params, carry, rows, per_layer)  # fmt: skip
 
 
+def _at(tree: Any, index: Any, axis: int = 0) -> Any:
+    """x[index] of each array: a slice, where JAX would gather, which is harder to split."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False), tree)
+
+
 def _choose(when: jax.Array, one: Any, other: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(when, a, b), one, other)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """Rows of ids lie whole on devices here, as everywhere."""
+    return axes.constrain(x, "B" + "_" * (x.ndim - 1)) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
 
 def _shift(tree: Any, by: int) -> Any:
@@ -192,6 +202,6 @@ def _dealt(x: jax.Array, stages: int, repeats: int, me: jax.Array) -> jax.Array:
             sent = turn // common * common + (turn + s // (stages // common)) % common
             to, slot = (s * repeats + sent) % stages, (s * repeats + sent) // stages
             place[to, slot] = turn
-            got.append(jax.lax.ppermute(x[jnp.asarray(sent)[me]], AXIS, list(zip(s.tolist(), to.tolist()))))
-        x = jnp.stack(got)[jnp.asarray(place)[me]]
+            got.append(jax.lax.ppermute(_at(x, jnp.asarray(sent)[me]), AXIS, list(zip(s.tolist(), to.tolist()))))
+        x = jnp.stack([_at(jnp.stack(got), turn) for turn in jnp.asarray(place)[me]])
     return x.swapaxes(0, 1)

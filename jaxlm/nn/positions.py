@@ -55,7 +55,7 @@ class RelativeBias(nnx.Module):
         grown = jnp.log(jnp.maximum(far, 1).astype(jnp.float32) / exact) / math.log(self.furthest / exact)
         wide = jnp.minimum(exact + (grown * (buckets - exact)).astype(jnp.int32), buckets - 1)
         bucket = side + jnp.where(far < exact, far, wide)
-        return jnp.moveaxis(self.table_CN[...][bucket], -1, 1)
+        return jnp.moveaxis(axes.constrain(self.table_CN[...], "CN")[bucket], -1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
