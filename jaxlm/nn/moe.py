@@ -115,9 +115,7 @@ def _in_parts(B: int, T: int, E: int, F: int) -> Callable[..., jax.Array]:
         return y if parts is None else jax.lax.psum(y, parts)
 
     into, out = PartitionSpec(None, None, parts), PartitionSpec(None, parts)
-    return jax.shard_map(
-        mixed, in_specs=(ours, ours, ours, into, into, out), out_specs=ours, axis_names=names
-    )
+    return jax.shard_map(mixed, in_specs=(ours, ours, ours, into, into, out), out_specs=ours, axis_names=names)
 
 
 def _mixed(

@@ -1,4 +1,4 @@
-"""Layers on several stages: `config.mesh.stage` devices have a part of the layers each, and rows go from one to the next.
+"""Layers on several stages: each of `config.mesh.stage` has a part of the layers, and rows go from one to the next.
 
 Rows are cut in microbatches, and a group of as many as there are stages goes round together, `repeats` times; a stage
 holds that many chunks of layers, and all are at work but for `stages - 1` turns at the beginning and the end. A group
@@ -73,7 +73,8 @@ class Schedule:
         return layers // (stages * self.repeats)
 
 
-_schedule: contextvars.ContextVar[Schedule] = contextvars.ContextVar("schedule", default=Schedule())
+USUAL = Schedule()
+_schedule: contextvars.ContextVar[Schedule] = contextvars.ContextVar("schedule", default=USUAL)
 
 
 @contextlib.contextmanager
