@@ -107,6 +107,7 @@ def lower_step(
     with axes.on(mesh, rules), pipeline.on(schedule):
         given = {n: config[n] for n in names if n in config}
         parts = step.assemble(words=words, mesh=mesh, rules=rules, length=config["length"], **given)
+        pipeline.check(parts.blueprint.shapes, config["batch"] // config.get("accumulate", 1))
         names = ("tokens", "segments", *(("other_tokens", "other_segments") if parts.task.pairs else ()))
         row = {n: np.ones(parts.task.row, np.int32) for n in names}
         example, rows = parts.task.features(row, np.random.default_rng(0)), config["batch"]

@@ -126,9 +126,8 @@ def _moves_parameters_and_states_only(text, params, sizes):
     """Nothing is gathered that is larger than one layer's largest matrix or the states of the tokens that a layer has
     on a device (a stack of layers, all devices' tokens), and no logits are sent around, whole or a device's part.
     """
-    rows, tokens = (
-        math.prod(sizes.get(axis, 1) for axis in some) for some in (("data", "stage", "fsdp"), ("sequence",))
-    )
+    ways = lambda *some: math.prod(sizes.get(axis, 1) for axis in some)  # noqa: E731
+    rows, tokens = ways("data", "stage", "fsdp"), ways("sequence")
     shapes = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
     largest = max(math.prod(shape[1:] if "blocks" in name else shape) for name, shape in shapes.items())
     largest = max(largest, B // rows * T // tokens * SIZES["width"])

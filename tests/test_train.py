@@ -219,10 +219,7 @@ def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_p
         (dict(mesh=dict(fsdp=3)), "does not fit 8 devices"),
         (dict(mesh=dict(tensors=3)), "did you mean 'tensor'"),
         (dict(mesh=dict(stage=4)), "config.mesh.stage=4 does not divide the 2 layers of"),
-        (
-            dict(mesh=dict(data=1, stage=2), pipeline=dict(microbatches=3)),
-            "config.pipeline.microbatches=3: .* go into 2",
-        ),
+        (dict(mesh=dict(data=1, stage=2), pipeline=dict(microbatches=3)), "microbatches=3: .* on stage go into 2"),
         (dict(mesh=dict(data=1, stage=2), pipeline=dict(repeat=2)), "did you mean 'repeats'"),
         (dict(accumulate=3), "no multiple of config.accumulate"),
         (dict(model=dict(name="llama", vocab=100)), "config.model.vocab is 100"),
