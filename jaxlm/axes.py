@@ -10,13 +10,14 @@ The same letters check shapes while tracing (`shaped`) and place every array on 
 a rule table says which mesh axes may split a letter. Letters are served from the left, T behind all others, and a mesh
 axis serves once, so one table does for parameters and activations:
 
-    wq_DNH    D fsdp x expert, N tensor
-    up_EDF    E expert, D fsdp, F tensor
+    wq_DNH    L stage, D fsdp x expert, N tensor      of stacked layers; other parameters' D is split by stage, too
+    up_EDF    L stage, E expert, D fsdp, F tensor
     x_BTD     B data x fsdp x expert, T sequence x tensor    between layers devices have tokens of their own; D has none
     q_BNTH    B data x fsdp x expert, N tensor, T sequence   so has h_BTF: tensor splits what is wide, T what is left
 
 So around each layer the tokens are gathered over `tensor`, and its sums scattered (arXiv:2205.05198). Attention over
-tokens that `sequence` splits is `nn/context.py`; `nn/moe.py` sends tokens to the experts that `expert` splits. Batches
+tokens that `sequence` splits is `nn/context.py`; `nn/moe.py` sends tokens to the experts that `expert` splits. How rows
+go through layers that `stage` splits is `nn/pipeline.py`; before and behind them B is split by stage, too. Batches
 themselves are split by B alone: a row of ids is small.
 """
 
@@ -38,10 +39,10 @@ import numpy as np
 from jaxlm.lookup import Mistake, miss
 
 ALPHABET = "BTSDFVNKGHERCL"
-MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+MESH_AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
 RULES: Mapping[str, str | tuple[str, ...]] = {
-    "B": ("data", "fsdp", "expert"), "D": ("fsdp", "expert"), "E": "expert", "V": "tensor", "N": "tensor",
-    "K": "tensor", "F": "tensor", "T": ("sequence", "tensor"),
+    "L": "stage", "B": ("stage", "data", "fsdp", "expert"), "D": ("fsdp", "expert", "stage"), "E": "expert",
+    "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor", "T": ("sequence", "tensor"),
 }  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable)
@@ -87,8 +88,8 @@ def shaped(fn: Function) -> Function:
 
 
 def mesh(
-    *, data: int = -1, fsdp: int = 1, expert: int = 1, sequence: int = 1, tensor: int = 1, slices: int = 1,
-    devices: Any = None,
+    *, data: int = -1, stage: int = 1, fsdp: int = 1, expert: int = 1, sequence: int = 1, tensor: int = 1,
+    slices: int = 1, devices: Any = None,
 ) -> Mesh:  # fmt: skip
     """Arrange the devices (all unless given) in the order of `MESH_AXES`; one size may be -1: what is left.
 
@@ -96,7 +97,7 @@ def mesh(
     one host has leave the others idle, and the log says so. Raises `Mistake` when the sizes fit the devices in no way.
     """
     devices = jax.devices() if devices is None else list(devices)
-    asked = dict(data=data, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
+    asked = dict(data=data, stage=stage, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
     sizes = dict(asked)
     known = math.prod(n for n in sizes.values() if n != -1)
     free = [axis for axis, n in sizes.items() if n == -1]
@@ -114,7 +115,7 @@ def mesh(
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
         array = mesh_utils.create_hybrid_device_mesh(
-            inner, (slices, *(1,) * len(shape[1:])), devices=devices, allow_split_physical_axes=True
+            inner, (slices, *(1 for _ in inner[1:])), devices=devices, allow_split_physical_axes=True
         )
     else:
         array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
@@ -172,17 +173,21 @@ def spec(
     letters: str, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, Any] = RULES, name: str = ""
 ) -> PartitionSpec:
     """Which mesh axes split which of an array's axes: of those in the rules, the first ones that divide it. Where some
-    do not, the log says so once.
+    do not, the log says so once; but layers that do not divide over stages are a `Mistake`.
     """
-    stacked = len(shape) - len(letters)  # scanned layers have one more leading axis, which is never split
+    letters = "L" * (len(shape) - len(letters)) + letters  # scanned layers have one more leading axis
     used: set[str] = set()
     out: list[Any] = [None] * len(shape)
-    for at, letter in sorted(enumerate(letters, stacked), key=lambda one: one[1] == "T"):
+    for at, letter in sorted(enumerate(letters), key=lambda one: one[1] == "T"):
         to = rules.get(letter, ())
         asked = tuple(a for a in ((to,) if isinstance(to, str) else to) if a not in used and mesh.shape[a] > 1)
         to, size = asked, shape[at]
         while size % math.prod(mesh.shape[a] for a in to):
             to = to[:-1]
+        if to != asked and letter == "L":
+            fit = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            asked = " x ".join(f"config.mesh.{a}={mesh.shape[a]}" for a in asked)
+            raise Mistake(f"{asked} does not divide the {size} layers of {name or letters}; what does: {fit}")
         if to != asked and (letter != "T" or size > 1):  # that a single token, as in decoding, is not split is no news
             parts, kept = (" x ".join(f"{a}={mesh.shape[a]}" for a in some) for some in (asked, to))
             done = f"split over {kept}" if to else "not split"
@@ -207,6 +212,12 @@ def ways(names: tuple[str, ...]) -> int:
     """In how many parts these axes of the mesh of the enclosing `on` split."""
     place = here()
     return 1 if place is None else math.prod(place[0].shape[name] for name in names)
+
+
+def free() -> set[str]:
+    """The mesh axes of the enclosing `on` that no enclosing `shard_map` is over."""
+    place = _place.get()
+    return set() if place is None else set(place[0].shape) - set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 @functools.cache

@@ -24,7 +24,8 @@ from jaxlm.lookup import Mistake, miss
 
 KEYS = (  # of a config's top level; `distributed` is the program's own, the others `jaxlm.train.train`'s
     "seed", "store", "prepare", "data", "model", "objective", "optimizer", "steps", "batch", "length", "accumulate",
-    "ema", "dtype", "mesh", "rules", "distributed", "guard", "every", "evaluation", "checkpoint", "samples", "init",
+    "ema", "dtype", "mesh", "pipeline", "rules", "distributed", "guard", "every", "evaluation", "checkpoint", "samples",
+    "init",
 )  # fmt: skip
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 

@@ -41,6 +41,7 @@ from jaxlm import config as configs
 from jaxlm.data.store import open as open_store
 from jaxlm.data.words import Words
 from jaxlm.lookup import Mistake
+from jaxlm.nn import pipeline
 from jaxlm.nn.stack import REMAT
 from jaxlm.planning import arithmetic, costs, forecast, serving
 from jaxlm.planning.arithmetic import Device, held
@@ -84,9 +85,11 @@ def assemble(config: Mapping[str, Any], where: list[Any], *, words: Words, slice
     mesh = lookup.spend("config.mesh", axes.mesh, {**config.get("mesh", {}), "slices": slices}, devices=where)
     rules = {**axes.RULES, **config.get("rules", {})}
     names = ("model", "optimizer", "steps", "objective", "guard", "seed", "accumulate", "ema", "dtype")
-    with axes.on(mesh, rules):
+    schedule = lookup.spend("config.pipeline", pipeline.Schedule, config.get("pipeline"))
+    with axes.on(mesh, rules), pipeline.on(schedule):
         given = {n: config[n] for n in names if n in config}
         parts = step.assemble(words=words, mesh=mesh, rules=rules, length=config["length"], **given)
+        pipeline.check(parts.blueprint.shapes, config["batch"] // config.get("accumulate", 1))
         names = ("tokens", "segments", *(("other_tokens", "other_segments") if parts.task.pairs else ()))
         row = {n: np.ones(parts.task.row, np.int32) for n in names}
         example, rows = parts.task.features(row, np.random.default_rng(0)), config["batch"]

@@ -39,6 +39,7 @@ from jaxlm.lm import LM
 from jaxlm.log import Log, lines, setup
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from jaxlm.nn import pipeline as stages
 from jaxlm.objectives import Objective
 from jaxlm.samples import Samples
 
@@ -60,9 +61,9 @@ class Every:
 def train(
     workdir: str, *, store: str, model: Section, optimizer: Section, steps: int, batch: int, length: int, seed: int = 0,
     objective: Section = None, data: Section = None, accumulate: int = 1, ema: float = 0.0, dtype: str = "auto",
-    mesh: Section = None, rules: Section = None, guard: Section = None, every: Section = None,
-    evaluation: Section = None, checkpoint: Section = None, samples: Section = None, prepare: Section = None,
-    init: Section = None,
+    mesh: Section = None, pipeline: Section = None, rules: Section = None, guard: Section = None,
+    every: Section = None, evaluation: Section = None, checkpoint: Section = None, samples: Section = None,
+    prepare: Section = None, init: Section = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train to `steps` and return the last evaluation. The arguments are the config's keys; README explains each
     (`prepare` says how the store was made: it is kept in the workdir's config.json, and not read here).
@@ -74,15 +75,17 @@ def train(
     _same_sources(tokens, prepare, data)
     grid = lookup.spend("config.mesh", axes.mesh, mesh)
     rules = {**axes.RULES, **(rules or {})}
+    schedule = lookup.spend("config.pipeline", stages.Schedule, pipeline)
     when = lookup.spend("config.every", Every, every)
     steps_.check_batch(batch, accumulate)
 
-    with axes.on(grid, rules), Stop() as stop:
+    with axes.on(grid, rules), stages.on(schedule), Stop() as stop:
         blueprint, task, tx, rate, limits, update, shapes = steps_.assemble(
             model=model, optimizer=optimizer, objective=objective, guard=guard, steps=steps, length=length,
             words=Words.of(tokens.tokenizer()), mesh=grid, rules=rules, seed=seed, accumulate=accumulate, ema=ema,
             dtype=dtype,
         )  # fmt: skip
+        stages.check(blueprint.shapes, batch // accumulate)
         named, both_ways = Named(tokens.tokenizer()), objectives.both_ways(objective)
         wanted = lookup.spend("config.samples", Samples, samples) if samples else None
         if wanted:

@@ -25,6 +25,7 @@ MESHES = {
     "tensor": (1, dict(data=4, tensor=4)),
     "sequence": (1, dict(data=4, sequence=4)),
     "sequence, tensor and fsdp": (1, dict(fsdp=4, sequence=2, tensor=2)),
+    "stages": (1, dict(stage=2, fsdp=2, tensor=4)),
     "two slices": (2, dict(data=4, fsdp=2, tensor=4)),
 }
 
@@ -33,7 +34,7 @@ SIMPLE = pytest.mark.endurance  # the others split by all that these do
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(m, marks=SIMPLE) if m in ("data", "fsdp", "sequence") else m for m in MESHES]
+    "mesh", [pytest.param(m, marks=SIMPLE) if m in ("data", "fsdp", "sequence", "stages") else m for m in MESHES]
 )
 @pytest.mark.parametrize("model", [pytest.param(m, marks=SIMPLE) if m == "gpt2" else m for m in MODELS])
 def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
@@ -45,11 +46,13 @@ def test_the_train_step_compiles_for_a_tpu_with_the_splash_kernel(model, mesh):
     text = program.as_text()
     _attends_by_kernel(text)
     _moves_parameters_and_states_only(text, parts.shapes["params"], sizes, B)
-    used = {axis for axis in ("fsdp", "tensor") if axis in sizes}
+    used = {axis for axis in ("fsdp", "stage", "tensor") if axis in sizes}
     used |= {"sequence"} if model == "gpt2" and "sequence" in sizes else set()  # a table of positions has T, too
     assert _axes_used(parts.shapes["params"]) == used
     assert "all-reduce" in text or "reduce-scatter" in text, "gradients are not summed over the mesh"
     assert ("all-to-all" in text) == ("sequence" in sizes), "tokens are traded for heads where they are split"
+    if "stage" in sizes:
+        assert "collective-permute" in text, "rows go from stage to stage"
     if "tensor" in sizes:
         assert "all-reduce-scatter" in text or "reduce-scatter(" in text, "each device keeps the sums of its own tokens"
 
@@ -146,7 +149,7 @@ def _moves_parameters_and_states_only(text, params, sizes, batch):
         return math.prod(x.shape[1:] if "blocks" in jax.tree_util.keystr(path) else x.shape) // own
 
     largest = max(one(*leaf) for leaf in jax.tree_util.tree_leaves_with_path(params))
-    largest = max(largest, batch // ways("data", "fsdp", "expert") * T // ways("sequence") * SIZES["width"])
+    largest = max(largest, batch // ways("data", "stage", "fsdp", "expert") * T // ways("sequence") * SIZES["width"])
     for types, kind in re.findall(r"= ([^=]*?) (all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(", text):
         for shape in re.findall(r"\w+\[([\d,]*)\]", types):
             lengths = [int(n) for n in shape.split(",") if n]

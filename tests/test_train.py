@@ -94,7 +94,12 @@ def test_another_seed_is_another_run(store, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(dict(data=8), marks=pytest.mark.endurance), dict(fsdp=2, sequence=2, tensor=2)]
+    "mesh",
+    [
+        pytest.param(dict(data=8), marks=pytest.mark.endurance),
+        pytest.param(dict(data=2, stage=2, fsdp=2), marks=pytest.mark.endurance),
+        dict(fsdp=2, sequence=2, tensor=2),
+    ],
 )
 def test_it_resumes_on_eight_devices_with_the_same_losses(store, whole, tmp_path, mesh):
     train.train(str(tmp_path), store=store, **settings(steps=5))
@@ -213,6 +218,9 @@ def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_p
         (dict(data=dict(schedule=[(0, dict(prose=1.0)), (5, dict(list=1.0))])), "from step 5: .*did you mean 'lists'"),
         (dict(mesh=dict(fsdp=3)), "does not fit 8 devices"),
         (dict(mesh=dict(tensors=3)), "did you mean 'tensor'"),
+        (dict(mesh=dict(stage=4)), "config.mesh.stage=4 does not divide the 2 layers of"),
+        (dict(mesh=dict(data=1, stage=2), pipeline=dict(microbatches=3)), "microbatches=3: .* on stage go into 2"),
+        (dict(mesh=dict(data=1, stage=2), pipeline=dict(repeat=2)), "did you mean 'repeats'"),
         (dict(accumulate=3), "no multiple of config.accumulate"),
         (dict(model=dict(name="llama", vocab=100)), "config.model.vocab is 100"),
         (dict(objective=dict(name="clm", label_smooting=0.1)), "did you mean 'label_smoothing'"),

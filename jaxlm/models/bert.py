@@ -129,7 +129,8 @@ class Model(nnx.Module):
             x_BTD += embed(self.types_CD, jnp.zeros_like(tokens_BT) if types_BT is None else types_BT, c.dtype)
         x_BTD = axes.constrain(dropout(self.norm(x_BTD, stream(c.dtype)), c.dropout, keys[0]), "BTD")
         mask = Mask(causal=False, segments_BT=segments_BT)
-        x_BTD = scan(blocks, x_BTD, lambda block, x_BTD, key: block(x_BTD, mask, key), keys[1], remat=c.remat)
+        step = lambda block, x_BTD, mask, key: block(x_BTD, mask, key)  # noqa: E731
+        x_BTD = scan(blocks, x_BTD, step, keys[1], rows=mask, remat=c.remat)
         return x_BTD.astype(c.dtype), None
 
     @shaped

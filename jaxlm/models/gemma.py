@@ -115,12 +115,15 @@ class Model(nnx.Module):
         x_BTD = embed(self.embed_VD, tokens_BT, c.dtype) * c.width**0.5
         keys = None if key is None else jax.random.split(key, c.layers)
 
-        def step(block, carry, extra, is_global):
-            mask = Mask(window=None if is_global else c.window, prefix_BT=prefix_BT, segments_BT=segments_BT)
+        def step(block, carry, rows, extra, is_global):
+            mask, wide, near = rows
+            mask = dataclasses.replace(mask, window=None if is_global else c.window)
             return block(carry[0], mask, wide if is_global else near, carry[1], *extra)
 
-        per_layer = (np.arange(c.layers), keys)
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, remat=c.remat, kinds=c.is_global)
+        per_layer, mask = (np.arange(c.layers), keys), Mask(prefix_BT=prefix_BT, segments_BT=segments_BT)
+        x_BTD, cache = scan(
+            self.blocks, (x_BTD, cache), step, per_layer, rows=(mask, wide, near), remat=c.remat, kinds=c.is_global
+        )
         return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1])
 
     @shaped

@@ -101,12 +101,12 @@ class Model(nnx.Module):
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
 
-        def step(block, carry, extra, window):
-            return block(carry[0], Mask(window=window, prefix_BT=prefix_BT, segments_BT=segments_BT), carry[1], *extra)
+        def step(block, carry, mask, extra, window):
+            return block(carry[0], dataclasses.replace(mask, window=window), carry[1], *extra)
 
         windows = [c.window if layer % 2 else None for layer in range(c.layers)]
-        per_layer = (np.arange(c.layers), keys[1])
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, remat=c.remat, kinds=windows)
+        per_layer, mask = (np.arange(c.layers), keys[1]), Mask(prefix_BT=prefix_BT, segments_BT=segments_BT)
+        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, rows=mask, remat=c.remat, kinds=windows)
         return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1])
 
     @shaped

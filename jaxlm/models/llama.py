@@ -119,13 +119,12 @@ class Model(nnx.Module):
         x_BTD = embed(self.embed_VD, tokens_BT, c.dtype)
         keys = None if key is None else jax.random.split(key, c.layers)
 
-        def step(block, carry, extra, window):
-            return block(
-                carry[0], Mask(window=window, prefix_BT=prefix_BT, segments_BT=segments_BT), angles, carry[1], *extra
-            )
+        def step(block, carry, rows, extra, window):
+            mask, angles = rows
+            return block(carry[0], dataclasses.replace(mask, window=window), angles, carry[1], *extra)
 
-        per_layer = (np.arange(c.layers), keys)
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, remat=c.remat, kinds=c.windows)
+        per_layer, rows = (np.arange(c.layers), keys), (Mask(prefix_BT=prefix_BT, segments_BT=segments_BT), angles)
+        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, rows=rows, remat=c.remat, kinds=c.windows)
         return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1])
 
     @shaped

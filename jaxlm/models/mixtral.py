@@ -120,14 +120,16 @@ class Model(nnx.Module):
         mask = Mask(window=c.window, prefix_BT=prefix_BT, segments_BT=segments_BT)
         keys = None if key is None else jax.random.split(key, c.layers)
 
-        def step(block, carry, extra):
+        def step(block, carry, rows, extra):
             x_BTD, cache, sums = carry
-            x_BTD, cache, routing = block(x_BTD, mask, angles, cache, *extra)
-            return x_BTD, cache, jax.tree.map(jnp.add, sums, routing)
+            x_BTD, cache, routing = block(x_BTD, *rows, cache, *extra)
+            put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, extra[0], 1)  # noqa: E731
+            return x_BTD, cache, jax.tree.map(put, sums, routing)
 
-        start = (embed(self.embed_VD, tokens_BT, c.dtype), cache, Routing(jnp.zeros(()), jnp.zeros(())))
-        x_BTD, cache, sums = scan(self.blocks, start, step, (np.arange(c.layers), keys), remat=c.remat)
-        added = (c.balance * sums.balance + c.router_z * sums.z) / c.layers
+        start = (embed(self.embed_VD, tokens_BT, c.dtype), cache, Routing.empty(len(tokens_BT), c.layers, c.experts))
+        per_layer = (np.arange(c.layers), keys)
+        x_BTD, cache, sums = scan(self.blocks, start, step, per_layer, rows=(mask, angles), remat=c.remat)
+        added = (c.balance * sums.balance + c.router_z * sums.z).mean()
         return self.norm(x_BTD, jnp.dtype(c.dtype)), cache and cache.grow(tokens_BT.shape[1]), added
 
     @shaped

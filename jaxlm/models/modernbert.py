@@ -118,13 +118,14 @@ class Model(nnx.Module):
         x_BTD = self.norm(embed(self.embed_VD, tokens_BT, c.dtype), stream(c.dtype))
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
 
-        def step(block, x_BTD, key, kind):
-            first, is_global = kind
-            mask = Mask(causal=False, window=None if is_global else c.window // 2 + 1, segments_BT=segments_BT)
+        def step(block, x_BTD, rows, key, kind):
+            (mask, wide, near), (first, is_global) = rows, kind
+            mask = dataclasses.replace(mask, window=None if is_global else c.window // 2 + 1)
             return block(x_BTD, mask, wide if is_global else near, key, first=first)
 
         kinds = [(layer == 0, is_global) for layer, is_global in enumerate(c.is_global)]
-        x_BTD = scan(self.blocks, x_BTD, step, keys[1], remat=c.remat, kinds=kinds)
+        rows = (Mask(causal=False, segments_BT=segments_BT), wide, near)
+        x_BTD = scan(self.blocks, x_BTD, step, keys[1], rows=rows, remat=c.remat, kinds=kinds)
         return self.last(x_BTD, jnp.dtype(c.dtype)), None
 
     @shaped

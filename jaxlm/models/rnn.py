@@ -78,11 +78,12 @@ class Model(nnx.Module):
         c = self.config
         keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
 
-        def step(block, carry, extra):
+        def step(block, carry, segments_BT, extra):
             return block(carry[0], segments_BT, carry[1], *extra)
 
         x_BTD = embed(self.embed_VD, tokens_BT, c.dtype).astype(jnp.dtype(c.dtype))
-        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, (np.arange(c.layers), keys[1]), remat=c.remat)
+        per_layer = (np.arange(c.layers), keys[1])
+        x_BTD, cache = scan(self.blocks, (x_BTD, cache), step, per_layer, rows=segments_BT, remat=c.remat)
         return dropout(x_BTD, c.dropout, keys[0]), cache and cache.grow(tokens_BT.shape[1])
 
     @shaped

@@ -77,7 +77,7 @@ def attend(
         local = functools.partial(_ring, over=over, devices=devices, cap=cap, graph=graph)
     else:
         local = functools.partial(_traded, over=over, cap=cap, graph=graph, inner=inner)
-    run = jax.shard_map(local, mesh=place[0], in_specs=places, out_specs=tokens, check_vma=False)
+    run = jax.shard_map(local, in_specs=places, out_specs=tokens, axis_names=axes.free(), check_vma=False)
     return run(q_BNTH, k, v, mask, params)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxlm import axes
 from jaxlm.nn.mask import Mask
@@ -48,8 +48,8 @@ def run(local: Local, q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, m
         heads = axes.spec("BKSH", k.shape, mesh, rules)  # K decides: a query head must sit with its key/value head
         rows = axes.spec("B_", segments[0].shape, mesh, rules)
         places = (heads, heads, heads, (rows, rows))
-        local = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
-        q, k, v = (jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*heads))) for x in (q, k, v))
+        local = jax.shard_map(local, in_specs=places, out_specs=heads, axis_names=axes.free(), check_vma=False)
+        q, k, v = (jax.lax.with_sharding_constraint(x, PartitionSpec(*heads)) for x in (q, k, v))
     return jnp.asarray(local(q, k, v, segments))[:, :, :T].astype(v_BKSH.dtype)
 
 

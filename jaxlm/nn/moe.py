@@ -28,10 +28,33 @@ from jaxlm.nn.linear import dense, flat, normal
 
 
 class Routing(NamedTuple):
-    """What a router adds to the loss, as means over tokens."""
+    """What a router adds to the loss, from sums over the tokens of each row: [B, ...], perhaps [B, L, ...]."""
 
-    balance: jax.Array  # 1 where all experts get equal shares, up to the number of experts (arXiv:2101.03961, eq. 4)
-    z: jax.Array  # squared log-normaliser of the router's logits (arXiv:2202.08906, eq. 5)
+    share_BE: jax.Array  # of the tokens, how many went to each expert
+    prob_BE: jax.Array
+    square_B: jax.Array  # squared log-normalisers of the router's logits
+    tokens_B: jax.Array
+
+    @classmethod
+    def empty(cls, rows: int, layers: int, experts: int) -> "Routing":
+        """Zeros [B, L, E] and [B, L]."""
+        wide, one = jnp.zeros((rows, layers, experts)), jnp.zeros((rows, layers))
+        return cls(wide, wide, one, one)
+
+    @property
+    def balance(self) -> jax.Array:
+        """1 where all experts get equal shares, up to the number of experts (arXiv:2101.03961, eq. 4); perhaps [L]."""
+        tokens = self._tokens[..., None]
+        return self.share_BE.shape[-1] * ((self.share_BE.sum(0) / tokens) * (self.prob_BE.sum(0) / tokens)).sum(-1)
+
+    @property
+    def z(self) -> jax.Array:
+        """The mean of the squared log-normalisers (arXiv:2202.08906, eq. 5); perhaps [L]."""
+        return self.square_B.sum(0) / self._tokens
+
+    @property
+    def _tokens(self) -> jax.Array:
+        return jnp.maximum(self.tokens_B.sum(0), 1.0)
 
 
 class MoE(nnx.Module):
@@ -52,10 +75,9 @@ class MoE(nnx.Module):
 
     @shaped
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-        """The experts' weighted sum [B, T, D], and the router's terms of the loss over the tokens that are `real`."""
+        """The experts' weighted sum [B, T, D], and the router's terms of the loss by the tokens that are `real`."""
         B, T, D = x_BTD.shape
         x = x_BTD.reshape(*flat((B, T)), D)
-        tokens = tuple(range(x.ndim - 1))
         score = dense(x.astype(jnp.float32), self.router_DE)
         prob = jax.nn.softmax(score, axis=-1)
         weight, expert = jax.lax.top_k(prob, self.chosen)  # [tokens, chosen]
@@ -67,12 +89,12 @@ class MoE(nnx.Module):
         alone = axes.platform() == "cpu" and (place is None or place[0].size == 1)
         mixed = _in_parts(B, T, self.gate_EDF.shape) if not alone else _picked if expert.size < E else _all
         y = mixed(x, weight.astype(x.dtype), expert, *matrices).reshape(B, T, D)
-        real = jnp.ones(x.shape[:-1]) if real_BT is None else real_BT.reshape(x.shape[:-1]).astype(jnp.float32)
-        real = (real / jnp.maximum(real.sum(), 1.0))[..., None]
-        share = jnp.zeros(E).at[expert].add(jnp.broadcast_to(real, expert.shape) / self.chosen)
-        balance = E * (share * (prob * real).sum(axis=tokens)).sum()
-        z = (jnp.square(jax.nn.logsumexp(score, axis=-1)) * real[..., 0]).sum()
-        return axes.constrain(y, "BTD"), Routing(balance, z)
+        real = jnp.ones((B, T, 1)) if real_BT is None else real_BT[..., None].astype(jnp.float32)
+        expert, prob, norm = (a.reshape(B, T, -1) for a in (expert, prob, jax.nn.logsumexp(score, axis=-1)))
+        count = jax.vmap(lambda expert, real: jnp.zeros(E).at[expert].add(jnp.broadcast_to(real, expert.shape)))
+        squares = (jnp.square(norm) * real).sum((1, 2))
+        sums = Routing(count(expert, real) / self.chosen, (prob * real).sum(1), squares, real.sum((1, 2)))
+        return axes.constrain(y, "BTD"), sums
 
 
 def _in_parts(B: int, T: int, shape: tuple[int, ...]) -> Callable[..., jax.Array]:
@@ -104,9 +126,7 @@ def _in_parts(B: int, T: int, shape: tuple[int, ...]) -> Callable[..., jax.Array
         return y if parts is None else jax.lax.psum(y, parts)
 
     into, out = PartitionSpec(home or None, None, parts), PartitionSpec(home or None, parts)
-    return jax.shard_map(
-        mixed, mesh=place[0], in_specs=(ours, ours, ours, into, into, out), out_specs=ours, axis_names=names
-    )
+    return jax.shard_map(mixed, in_specs=(ours, ours, ours, into, into, out), out_specs=ours, axis_names=names)
 
 
 def _mixed(

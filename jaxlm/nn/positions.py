@@ -55,7 +55,10 @@ class RelativeBias(nnx.Module):
         grown = jnp.log(jnp.maximum(far, 1).astype(jnp.float32) / exact) / math.log(self.furthest / exact)
         wide = jnp.minimum(exact + (grown * (buckets - exact)).astype(jnp.int32), buckets - 1)
         bucket = side + jnp.where(far < exact, far, wide)
-        return jnp.moveaxis(self.table_CN[...][bucket], -1, 1)
+        table_CN = self.table_CN[...]
+        bucket = axes.constrain(bucket, "_TS", N=table_CN.shape[1])  # tensor splits heads, so not the queries
+        bias = table_CN.at[bucket].get(mode="promise_in_bounds")
+        return jnp.moveaxis(axes.constrain(bias, "_TSN"), -1, 1)
 
 
 @dataclasses.dataclass(frozen=True)

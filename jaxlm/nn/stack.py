@@ -3,12 +3,15 @@ grow with depth.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, TypeVar
 
 from flax import nnx
 import jax
 
 from jaxlm import axes, lookup
+from jaxlm.nn import pipeline
+from jaxlm.nn.cache import Cache
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -29,10 +32,14 @@ def stacked(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -> B
 
 
 def scan(
-    blocks: nnx.Module, carry: Any, step: Callable[..., Any], per_layer: Any = None, *, remat: str = "none",
-    kinds: Sequence[Any] | None = None,
+    blocks: nnx.Module, carry: Any, step: Callable[..., Any], per_layer: Any = None, *, rows: Any = None,
+    remat: str = "none", kinds: Sequence[Any] | None = None,
 ) -> Any:  # fmt: skip
-    """Run `carry = step(block, carry, slice of per_layer)` through the layers; `remat` names a policy of `REMAT`.
+    """Run `carry = step(block, carry, rows, slice of per_layer)` through the layers; `remat` names a policy of `REMAT`.
+
+    `rows` are what every layer reads of the same rows, as segments; they and the carry are arrays [B, ...], perhaps
+    with a cache. Without one, layers that lie on several stages are a pipeline (`nn/pipeline.py`), through which parts
+    of the rows go: so `step` reads of them what it is given, and no array from around it.
 
     Where layers are of several kinds, `kinds` holds one a layer, and `step` gets it as its last argument, untraced: a
     scan then goes from period to period (local, local, global), and what fits none stands in a row before and behind.
@@ -43,13 +50,26 @@ def scan(
     policy = lookup.key("config.model.remat", remat, REMAT)
     graph, state = nnx.split(blocks)
     params = nnx.to_pure_dict(state)
-    first = jax.tree.leaves(params, is_leaf=_is_tuple)[0]
 
-    def layer(carry: Any, xs: Any, kind: tuple) -> Any:
+    def layer(carry: Any, rows: Any, xs: Any, kind: tuple) -> Any:
         params, extra = xs
-        return step(nnx.merge(graph, params), carry, extra, *kind)
+        return step(nnx.merge(graph, params), carry, rows, extra, *kind)
 
-    def in_a_row(carry, xs, kinds, looped=False):
+    layers = len(jax.tree.leaves(params, is_leaf=_is_tuple)[0])
+    each = [()] * layers if kinds is None else [(kind,) for kind in kinds]
+    cached = any(isinstance(x, Cache) for x in jax.tree.leaves(carry, is_leaf=lambda x: isinstance(x, Cache)))
+    if not cached and pipeline.split(layers, len(jax.tree.leaves(carry)[0])):
+        chunk = functools.partial(_through, policy=policy, looped=True)
+        return pipeline.run(chunk, layer, carry, rows, params, per_layer, each, kept=policy is None)
+    return _through(lambda carry, xs, kind: layer(carry, rows, xs, kind), carry, (params, per_layer), each, policy)
+
+
+def _through(
+    layer: Callable[..., Any], carry: Any, xs: Any, each: Sequence[tuple], policy: Callable | None, looped: bool = False
+) -> Any:
+    """Run `carry = layer(carry, slice of xs, kind)` with a kind of `each`; `looped`: in a loop of the caller's."""
+
+    def in_a_row(carry, xs, kinds, looped):
         params, per_layer = xs
         body = layer
         if policy is not None:  # outside a loop the compiler would share what both passes compute, and so keep it
@@ -60,18 +80,17 @@ def scan(
             carry = body(carry, (one, jax.tree.map(lambda x, i=i: x[i], per_layer)), kind)
         return carry
 
-    layers = len(first)
-    each = [()] * layers if kinds is None else [(kind,) for kind in kinds]
+    layers, first = len(each), jax.tree.leaves(xs[0], is_leaf=_is_tuple)[0]
     if _is_tuple(first) or (policy is None and layers <= IN_A_ROW and axes.platform() == "cpu"):
-        return in_a_row(carry, (params, per_layer), each)
+        return in_a_row(carry, xs, each, looped)
     before, period, times = _rhythm(each)
     until = before + period * times
-    part = lambda start, stop: jax.tree.map(lambda x: x[start:stop], (params, per_layer))  # noqa: E731
+    part = lambda start, stop: jax.tree.map(lambda x: x[start:stop], xs)  # noqa: E731
     fold = lambda x: x.reshape(times, period, *x.shape[1:])  # noqa: E731
-    carry = in_a_row(carry, part(0, before), each[:before])
-    turn = lambda carry, xs: (in_a_row(carry, xs, each[before : before + period], times > 1), None)  # noqa: E731
+    carry = in_a_row(carry, part(0, before), each[:before], looped)
+    turn = lambda carry, xs: (in_a_row(carry, xs, each[before : before + period], looped or times > 1), None)  # noqa: E731
     carry, _ = jax.lax.scan(turn, carry, jax.tree.map(fold, part(before, until)))
-    return in_a_row(carry, part(until, layers), each[until:])
+    return in_a_row(carry, part(until, layers), each[until:], looped)
 
 
 def _rhythm(kinds: Sequence[Any]) -> tuple[int, int, int]:
