@@ -36,7 +36,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from jaxlm.lookup import Mistake, miss
+from jaxlm.lookup import Mistake, miss, within
 
 ALPHABET = "BTSDFVNKGHERCL"
 MESH_AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
@@ -98,6 +98,7 @@ def mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     asked = dict(data=data, stage=stage, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)
+    within("config.mesh.", 1, slices=slices, **{name: n for name, n in asked.items() if n != -1})
     sizes = dict(asked)
     known = math.prod(n for n in sizes.values() if n != -1)
     free = [axis for axis, n in sizes.items() if n == -1]
@@ -111,8 +112,10 @@ def mesh(
         devices = devices[:count]
     if sizes["data"] % slices:
         raise Mistake(f"mesh: data={sizes['data']} does not divide over slices={slices}")
-    shape = tuple(sizes.values())
+    shape, found = tuple(sizes.values()), len({getattr(d, "slice_index", 0) for d in devices})
     if slices > 1:
+        if slices != found:
+            raise Mistake(f"config.mesh.slices={slices}, but the devices are of {found}")
         inner = (shape[0] // slices, *shape[1:])
         array = mesh_utils.create_hybrid_device_mesh(
             inner, (slices, *(1 for _ in inner[1:])), devices=devices, allow_split_physical_axes=True

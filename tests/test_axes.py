@@ -57,14 +57,25 @@ def test_an_axis_that_does_not_divide_is_not_split_and_the_log_says_so_once(mesh
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(data=3), dict(data=16), dict(data=-1, fsdp=3), dict(data=0), dict(data=-1, fsdp=-1)], ids=str
+    ("sizes", "message"),
+    [
+        (dict(data=16), "does not fit 8 devices"),
+        (dict(data=-1, fsdp=3), "does not fit 8 devices"),
+        (dict(data=-1, fsdp=-1), "does not fit 8 devices"),
+        (dict(data=0), "config.mesh.data=0 is not 1 or more"),
+        (dict(sequence=-2), "config.mesh.sequence=-2 is not 1 or more"),
+        (dict(slices=0), "config.mesh.slices=0 is not 1 or more"),
+        (dict(slices=2), "config.mesh.slices=2, but the devices are of 1"),
+    ],
+    ids=str,
 )
-def test_a_mesh_that_does_not_fit_names_sizes_and_devices(sizes):
-    if sizes == dict(data=3):
-        assert axes.mesh(**sizes).size == 3, "fewer devices than there are: the rest is idle"
-        return
-    with pytest.raises(Mistake, match="does not fit 8 devices"):
+def test_a_mesh_that_does_not_fit_names_sizes_and_devices(sizes, message):
+    with pytest.raises(Mistake, match=message):
         axes.mesh(**sizes)
+
+
+def test_a_mesh_of_fewer_devices_leaves_the_rest_idle():
+    assert axes.mesh(data=3).size == 3
 
 
 def test_rules_with_unknown_letters_or_axes_are_refused(mesh):
