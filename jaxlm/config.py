@@ -20,6 +20,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from jaxlm import paths
 from jaxlm.lookup import Mistake, miss
 
 KEYS = (  # of a config's top level; `distributed` is the program's own, the others `jaxlm.train.train`'s
@@ -67,6 +68,7 @@ def parse(
         raise Mistake(f"unexpected argument {rest[places]!r}; flags are written --name=value")
     if workdir == "required" and not values["workdir"].value:
         raise Mistake("--workdir is missing: the folder that will hold the run, for example --workdir=runs/first")
+    paths.check("--workdir", values["workdir"].value or "" if workdir else "")
     found: dict[str, Any] = {name: values[name].value for name in values} | ({"places": rest} if places else {})
     if config:
         found["config"] = load(found["config"] or "", overrides)
@@ -100,6 +102,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     for key in config:
         if key not in KEYS:
             raise miss("config", key, KEYS)
+    paths.check("config.store", str(config.get("store", "")))
     return config
 
 

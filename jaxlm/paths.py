@@ -12,12 +12,15 @@ from collections.abc import Iterator
 import logging
 import os
 from pathlib import Path
+import re
 import shutil
 import tempfile
 import threading
 from typing import Any
 
 from etils import epath
+
+from jaxlm.lookup import Mistake
 
 SECONDS = 30  # between two copies: what others see of a run under way is that old
 log = logging.getLogger("jaxlm")
@@ -26,6 +29,12 @@ log = logging.getLogger("jaxlm")
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path names objects in a bucket, such as gs://bucket/run."""
     return "://" in str(path)
+
+
+def check(what: str, path: str) -> None:
+    """Raise `Mistake` for what looks like an address and is none of a bucket: `gs:/bucket`, `http://x`, `s3://`."""
+    if re.match(r"\w+:/", path) and not re.fullmatch(r"(gs|s3)://\w[\w.-]+(/[^?#]*)?", path):
+        raise Mistake(f"{what}={path} is no address of a bucket: gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -52,7 +61,8 @@ def kvstore(folder: epath.PathLike) -> str | dict[str, Any]:
     """What TensorStore calls a folder."""
     if not is_remote(folder):
         return dict(driver="file", path=f"{absolute(folder)}/")
-    kind, _, place = str(folder).partition("://")
+    folder = str(epath.Path(folder))  # without a slash behind it
+    kind, _, place = folder.partition("://")
     bucket, _, name = place.partition("/")
     return s3(bucket, f"{name}/") if kind == "s3" else f"{folder}/"
 

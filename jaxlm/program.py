@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 import sys
 import tempfile
+import time
 
 from jaxlm.lookup import Mistake
 
@@ -63,6 +64,7 @@ def keep_compiled() -> None:
         folder = compiled_folder()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        drop_torn(folder)
     except (OSError, RuntimeError):  # a home that is read only, or none
         return
     for name, value in {"compilation_cache_dir": str(folder), **COMPILED}.items():
@@ -70,6 +72,16 @@ def keep_compiled() -> None:
             os.environ[f"JAX_{name.upper()}"] = str(value)
             if "jax" in sys.modules:  # which read the environment before, as in `python -m jaxlm.train`
                 sys.modules["jax"].config.update(f"jax_{name}", value)
+
+
+def drop_torn(folder: Path) -> None:
+    """Take out of a folder of compiled programs what a killed process left there without its time of use: JAX fails on
+    it whenever it wants to write another one. Nothing of the last minute, which may still be written.
+    """
+    for path in folder.glob("*-cache"):
+        used = path.with_name(path.name.removesuffix("cache") + "atime")
+        if not used.exists() and path.exists() and time.time() - path.stat().st_mtime > 60:
+            path.unlink(missing_ok=True)
 
 
 def run(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import gc
 from importlib import metadata
 import os
+from pathlib import Path
 import tempfile
 
 from hypothesis import settings
@@ -24,6 +25,10 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    from jaxlm import program  # not before the flags are set
+
+    program.drop_torn(Path(folder))
 gc.set_threshold(200_000, 20, 100)  # tracing makes heaps of small objects: by default a tenth of the time is spent here
 
 settings.register_profile("house", deadline=None)  # the first example compiles

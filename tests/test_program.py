@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxlm import program
@@ -49,6 +52,28 @@ def test_the_environment_says_where_else_and_how_much_or_that_nothing_is_kept(ke
 def test_a_home_that_cannot_be_written_is_no_mistake(kept, tmp_path):
     (tmp_path / ".cache").write_text("no folder")
     assert kept() == {}
+
+
+def test_what_a_killed_process_left_of_a_program_is_taken_out(tmp_path):
+    """JAX would fail on it at every further program that it wants to keep."""
+    for name, age in (("whole", 100), ("torn", 100), ("being_written", 0)):
+        (tmp_path / f"{name}-cache").write_bytes(b"program")
+        os.utime(tmp_path / f"{name}-cache", (time.time() - age,) * 2)
+    (tmp_path / "whole-atime").write_bytes(b"now")
+    program.drop_torn(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole-cache", "whole-atime", "being_written-cache"}
+
+
+def test_devices_without_memory_enough_are_one_line_and_what_to_do(capsys, monkeypatch):
+    def main(argv):
+        jax.jit(lambda: jnp.ones(1 << 50, jnp.int8))()
+
+    monkeypatch.setattr(program, "ask_for_huge_pages", lambda: None)  # this process must not start again
+    monkeypatch.setattr(program, "keep_compiled", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        program.run("train", main, [])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Out of memory" in said and "smaller batch" in said and "Traceback" not in said
 
 
 def test_another_kind_of_processor_has_another_folder(monkeypatch):

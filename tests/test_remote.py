@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import paths, prepare
+from jaxlm import config, paths, prepare
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import store as token_store
 from jaxlm.log import Log, lines
@@ -53,6 +53,24 @@ def test_a_bucket_s_place_is_the_same_from_any_folder(tmp_path, monkeypatch):
     assert paths.absolute("run") == epath.Path(tmp_path).resolve() / "run"
     assert paths.kvstore("run") == dict(driver="file", path=f"{tmp_path.resolve()}/run/")
     assert paths.kvstore("gs://bucket/a/b") == "gs://bucket/a/b/"
+
+
+@pytest.mark.parametrize(
+    "address", ["gs:/bucket/run", "gs://", "s3://", "http://x/run", "GS://bucket/run", "gs://b1/a?b"]
+)
+def test_an_address_that_is_none_of_a_bucket_is_told_before_anything_is_written(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.py").write_text("from ml_collections import ConfigDict as C\ndef get_config(): return C()")
+    for what, flags in (("--workdir", []), ("config.store", ["--workdir=run"])):
+        flag = f"--{what.removeprefix('--')}={address}"
+        with pytest.raises(Mistake, match=f"{what}=.* is no address of a bucket: gs://BUCKET/FOLDER or s3://"):
+            config.parse("", ["--config=config.py", *flags, flag])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.py"]
+
+
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_a_slash_behind_a_place_in_a_bucket_is_not_a_part_of_it(kind):
+    assert paths.kvstore(f"{kind}://bucket/store/") == paths.kvstore(f"{kind}://bucket/store")
 
 
 def test_amazon_s_protocol_takes_the_endpoint_and_keys_of_the_environment(monkeypatch):

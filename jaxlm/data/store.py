@@ -142,7 +142,7 @@ def open(path: str) -> Store:
     for name, manifest in manifests.items():
         if not {"splits", "vocab"} <= manifest.keys():
             raise _damaged(f"{path}/{name}/manifest.json", "it does not say what the splits hold")
-    return Store(str(path), manifests)
+    return Store(str(root), manifests)
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:

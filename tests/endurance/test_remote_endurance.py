@@ -62,7 +62,7 @@ def test_a_run_in_a_bucket_that_is_killed_and_resumed_is_the_run_in_a_folder(buc
     for where, text, place in (("here", tmp_path, str(tmp_path)), ("there", f"{root}/text", root)):
         config = tmp_path / f"{where}.py"
         config.write_text(CONFIG.format(sources={name: f"jsonl:{text}/{name}.jsonl" for name in sources}))
-        flags[where] = (f"--config={config}", f"--config.store={place}/store")
+        flags[where] = (f"--config={config}", f"--config.store={place}/store/")
     call(server, "prepare", *flags["here"])
     call(server, "train", *flags["here"], f"--workdir={tmp_path}/run")
 
