@@ -93,7 +93,7 @@ def stepped(axis: str, size: int) -> dict[str, Any]:
 
 
 def planned(axis: str, size: int) -> dict[str, Any]:
-    """A Llama's step on so many TPUs, parameters split over all: two rows of 1,024 tokens each, or 512 in all."""
+    """A Llama's step on so many TPUs, parameters split over all: two rows of 512 tokens each, or 512 rows in all."""
     import jax
 
     from jaxlm import plan
@@ -101,11 +101,11 @@ def planned(axis: str, size: int) -> dict[str, Any]:
 
     jax.config.update("jax_platforms", "cpu")  # the TPUs are not here
     config = dict(
-        model=dict(name="llama", layers=8, width=1024, heads=8, kv_heads=8, mlp_width=4096, remat="full"),
-        optimizer=dict(name="adamw", lr=1e-3), steps=1000, length=1024, batch=512 if axis != "devices" else 2 * size,
+        model=dict(name="llama", layers=8, width=512, heads=4, kv_heads=4, mlp_width=2048),
+        optimizer=dict(name="adamw", lr=1e-3), steps=1000, length=512, batch=512 if axis != "devices" else 2 * size,
         mesh=dict(data=1, fsdp=size),
     )  # fmt: skip
-    found = plan.make(config, plan.devices(TPUS[size]), words=Words.of_size(32_000))
+    found = plan.make(config, plan.devices(TPUS[size]), words=Words.of_size(8192))
     step, exposed = found.step_seconds or 0.0, found.exposed_seconds or 0.0
     return dict(
         step_ms=round(step * 1e3, 2), compute_ms=round((step - exposed) * 1e3, 2), sending_ms=round(exposed * 1e3, 2),
