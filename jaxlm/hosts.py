@@ -9,6 +9,7 @@ once, as on a CPU or GPU whose peer closed its connection, GRACE seconds of sile
 process 0 itself dies, JAX aborts the others, and the last word is theirs. Read `_judge` first.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -62,7 +63,8 @@ class Together:
             _on_abort(None)
             self._tell("done")
         else:  # the others wait for this process in vain, and so they end
-            self._tell(f"failed {socket.gethostname()} {type(error).__name__}: {error}".splitlines()[0][:300])
+            with contextlib.suppress(Exception):  # where process 0 is gone, and `_aborted` about to be called
+                self._tell(f"failed {socket.gethostname()} {type(error).__name__}: {error}".splitlines()[0][:300])
             if not isinstance(error, Mistake):  # which every process meets: a line, and no more
                 time.sleep(3 * GRACE)  # in which the verdict ends this process: was it the first to fail, or another?
 
