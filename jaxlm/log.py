@@ -16,6 +16,8 @@ from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -63,7 +65,7 @@ class Log:
         self.start_step, self.steps = start_step, steps
         self.flops_per_token = flops_per_token
         self._began = self._last_time = time.monotonic()
-        self._last_step, self._tokens, self._waited, self.tokens_per_s = start_step, 0, 0.0, 0.0
+        self._tokens, self._steps, self._waited, self._readied, self.tokens_per_s = 0, 0, 0.0, 0.0, 0.0
         if not self.writes:
             return
         kept = [line for line in lines(workdir) if line["step"] <= start_step]
@@ -119,29 +121,34 @@ class Log:
         if self.writes:
             self._bar.update(self._task, completed=step)
 
-    def waited(self, seconds: float) -> None:
-        """Note that the step had to wait for its batch."""
+    def waited(self, seconds: float, readied: float) -> None:
+        """Note how long this host waited for a step's batch, and how long it took to have it on its devices, the wait
+        included.
+        """
         self._waited += seconds
+        self._readied += readied
+        self._steps += 1
 
     def pause(self) -> None:
         """Start the clock of tokens/s anew: what came before (an evaluation, a save) was no training."""
-        self._last_time, self._tokens, self._waited = time.monotonic(), 0, 0.0
+        self._last_time, self._tokens, self._steps, self._waited, self._readied = time.monotonic(), 0, 0, 0.0, 0.0
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a step; since the last such line, tokens/s, the seconds waited for data and their share
-        of the time; MFU and memory where the device tells.
+        of the time, and which host held up the others (see `_hosts`); MFU and memory where the device tells.
         """
         now = time.monotonic()
         passed = max(now - self._last_time, 1e-9)
         self.tokens_per_s = self._tokens / passed
-        waited = {"wait_s": self._waited, "wait_share": min(self._waited / passed, 1.0)}
-        self._last_time, self._tokens, self._waited = now, 0, 0.0
-        values = {**values, "tokens_per_s": self.tokens_per_s, **waited, **self._device()}
+        hosts = _hosts(self._waited, passed, self._readied / max(self._steps, 1))
+        self.pause()
+        values = {**values, "tokens_per_s": self.tokens_per_s, **hosts, **self._device()}
         self._write(step, values)
         if self.writes:
             left = (self.steps - step) * (now - self._began) / max(step - self.start_step, 1)
             parts = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"{self.tokens_per_s:,.0f} tokens/s"]
             parts += [f"data wait {100 * values['wait_share']:.1f} %"]
+            parts += [f"host {hosts['slowest_host']} {hosts['behind_s']:.3f} s behind"] if "behind_s" in hosts else []
             parts += [f"MFU {100 * values['mfu']:.1f} %"] if "mfu" in values else []
             self._bar.update(self._task, description="  ".join(parts))
             if not self._console.is_terminal:
@@ -170,6 +177,22 @@ class Log:
             out["mfu"] = self.tokens_per_s * self.flops_per_token / (chip.flops * jax.device_count())
         memory = (device.memory_stats() or {}).get("peak_bytes_in_use") if device.platform != "cpu" else None
         return out | ({"memory_gb": memory / 1e9} if memory else {})
+
+
+def _hosts(waited: float, passed: float, readied: float) -> dict[str, float]:
+    """What all hosts say of the steps since the last line: the wait for data (seconds, share) of the one that waited
+    most, and of several the `slowest_host`, `behind_s` seconds a step later than the median with its batch.
+
+    Steps end together on all hosts, so that the time of a step tells nothing of who was late; the time until a host has
+    handed its batch to its devices does. It costs one collective of three numbers.
+    """
+    own = np.array([waited, min(waited / passed, 1.0), readied], np.float32)
+    each = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, 3)  # [hosts, 3]
+    waits = {"wait_s": float(each[:, 0].max()), "wait_share": float(each[:, 1].max())}
+    if len(each) == 1:
+        return waits
+    slowest = int(each[:, 2].argmax())
+    return waits | {"slowest_host": slowest, "behind_s": float(each[slowest, 2] - np.median(each[:, 2]))}
 
 
 def _clock(seconds: float) -> str:

@@ -40,6 +40,8 @@ TOLD = {
     "time",
     "wait_s",
     "wait_share",
+    "slowest_host",
+    "behind_s",
 }  # keys of a training line that the page tells in another way
 BASELINES = {
     "validation_bits_per_byte": "this model",
@@ -212,12 +214,24 @@ def _panels(run: Run) -> list[dict[str, Any]]:
             note += f"; {skipped.max():,.0f} steps skipped" + (" (marked)" if len(marks) else "")
         if key == "tokens_per_s" and len(shares := _known(run.train, "wait_share")):
             note += f"; {np.mean(shares):.1%} of the time waiting for data"
+            note += _slowest(run.train)
         known = _known(run.train, key)
         alt = f"{title} by step: from {charts.number(known[0])} to {charts.number(known[-1])}"
         curve = Curve(steps, _values(run.train, key), smooth=key != "lr")
         svg = charts.draw([curve], scale=scale, size=(4.4, 2.3), name=f"panel{len(panels)}", alt=alt, marks=marks)
         panels.append({"title": title, "note": note, "svg": svg})
     return panels
+
+
+def _slowest(rows: list[dict]) -> str:
+    """Which host was later than the others most of the time, and by how much; "" where there was one host."""
+    hosts, behind = _values(rows, "slowest_host"), _values(rows, "behind_s")
+    names, counts = np.unique(hosts[np.isfinite(hosts) & np.isfinite(behind)], return_counts=True)
+    if not len(names):
+        return ""
+    most = names[counts.argmax()]
+    share, mean = counts.max() / counts.sum(), behind[hosts == most].mean()
+    return f"; host {most:.0f} the slowest in {share:.0%} of the lines, {mean:.3f} s a step behind the median"
 
 
 def _bars(summary: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:

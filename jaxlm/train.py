@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shlex
 import signal
 import time
@@ -25,7 +24,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-from jaxlm import axes, lookup, objectives, program, resume
+from jaxlm import axes, hosts, lookup, objectives, program, resume
 from jaxlm import config as configs
 from jaxlm import step as steps_
 from jaxlm.checkpoint import Checkpoints
@@ -146,9 +145,11 @@ def train(
             for step in range(start + 1, steps + 1):
                 asked = time.monotonic()
                 host_batch = next(batches)
-                log.waited(time.monotonic() - asked)
+                waited = time.monotonic() - asked
                 _check(host_batch, blueprint.config.vocab, first=step == start + 1)
-                before, (state, metrics) = metrics, update(state, axes.put(host_batch, batch, grid, rules))
+                placed = axes.put(host_batch, batch, grid, rules)
+                log.waited(waited, time.monotonic() - asked)
+                before, (state, metrics) = metrics, update(state, placed)
                 if before:  # of the step before, so that the device is never idle while the host looks
                     _note(log, before, step - 1, limits.patience)
                 last = step == steps
@@ -357,20 +358,12 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a CPU's thread waits where it could compute
     settings: ConfigDict = args.config
     keys = {name: value for name, value in settings.to_dict().items() if name != "distributed"}
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        address, count, index = (
-            os.environ[f"JAX_{name}"] for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-        )
-        jax.distributed.initialize(address, int(count), int(index))
-    elif settings.get("distributed"):
-        jax.distributed.initialize()
-        if os.environ.get("JAX_COMPILATION_CACHE_DIR") == str(program.compiled_folder()):  # as `keep_compiled` says
-            jax.config.update("jax_compilation_cache_dir", None)
-    workdir = epath.Path(args.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        (workdir / "command").write_text(shlex.join(["jaxlm", "train", *argv]) + "\n")
-    lookup.spend("config", train, keys, args.workdir)
+    with hosts.Together(args.workdir, meet=bool(settings.get("distributed"))):
+        workdir = epath.Path(args.workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            (workdir / "command").write_text(shlex.join(["jaxlm", "train", *argv]) + "\n")
+        lookup.spend("config", train, keys, args.workdir)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Small training runs that the tests share: a corpus, a config, programs started and read."""
 
 from collections.abc import Sequence
+import functools
 import json
 import os
 from pathlib import Path
@@ -148,14 +149,19 @@ def run(
     return output
 
 
-def two_processes(workdir: Path, store: str, *flags: str, module: str = "jaxlm.train") -> list[str]:
-    """Run `jaxlm train` as two processes that find each other on this machine, and return what they print."""
+def start_processes(count: int, workdir: Path, store: str, *flags: str, module: str = "jaxlm.train") -> list[Any]:
+    """Start `jaxlm train` as `count` processes that find each other on this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    hosts = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2")
-    flags = ("--config.mesh.data=2", *flags)
-    both = [start(workdir, store, *flags, module=module, **hosts, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    hosts = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES=str(count))
+    one = functools.partial(start, workdir, store, f"--config.mesh.data={count}", *flags, module=module, **hosts)
+    return [one(JAX_PROCESS_ID=str(i)) for i in range(count)]
+
+
+def two_processes(workdir: Path, store: str, *flags: str, module: str = "jaxlm.train") -> list[str]:
+    """Run `jaxlm train` as two processes that find each other on this machine, and return what they print."""
+    both = start_processes(2, workdir, store, *flags, module=module)
     outputs = [process.finished() for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
     return outputs

@@ -253,3 +253,11 @@ def test_the_program_prints_where_the_report_is(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     with pytest.raises(Mistake, match="one folder"):
         report.main([])
+
+
+def test_the_host_that_the_others_waited_for_is_named_beside_the_throughput(tmp_path):
+    rows = lines(wait_share=0.1, slowest_host=3, behind_s=0.25)
+    rows[0] |= {"slowest_host": 1, "behind_s": 0.01}
+    text = Page(written(fill(tmp_path / "run", rows))).text
+    assert "10.0% of the time waiting for data; host 3 the slowest in 95% of the lines, 0.250 s a step behind" in text
+    assert "Slowest host" not in text, "a number of a host is no curve"
