@@ -49,6 +49,15 @@ def test_tokens_are_split_by_what_the_other_letters_leave():
     assert axes.spec("BTD", (8, 6, 8), mesh) == P("data", "sequence", None), "as far as they divide it"
 
 
+def test_stages_split_layers_and_outside_of_them_rows_and_widths():
+    mesh = axes.mesh(data=2, stage=2, fsdp=2)
+    assert axes.spec("DNH", (4, 8, 4, 2), mesh) == P("stage", "fsdp", None, None)
+    assert axes.spec("VD", (32, 8), mesh) == P(None, ("fsdp", "stage"))
+    assert axes.spec("BTD", (8, 16, 8), mesh) == P(("stage", "data", "fsdp"), None, None)
+    with pytest.raises(Mistake, match=r"config.mesh.stage=2 does not divide the 3 layers of wq_DNH; what does: 1, 3"):
+        axes.spec("DNH", (3, 8, 4, 2), mesh, name="wq_DNH")
+
+
 def test_an_axis_that_does_not_divide_is_not_split_and_the_log_says_so_once(mesh, caplog):
     with caplog.at_level(logging.INFO, "jaxlm"):
         for _ in range(2):
