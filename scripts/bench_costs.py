@@ -111,5 +111,5 @@ def planned(axis: str, size: int) -> dict[str, Any]:
         step_ms=round(step * 1e3, 2), compute_ms=round((step - exposed) * 1e3, 2), sending_ms=round(exposed * 1e3, 2),
         temporary_mb=round(found.temporary_bytes / 2**20, 1),
         held_mb=round((found.parameter_bytes + found.optimizer_bytes) / 2**20, 1),
-        compile_s=round(found.compile_seconds, 1),
+        compile_s=round(found.compile_seconds or 0.0, 1),
     )  # fmt: skip

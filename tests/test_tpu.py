@@ -105,6 +105,7 @@ def test_every_other_family_compiles_for_a_tpu_split_by_data_fsdp_and_tensor(nam
 EIGHT = {  # other ways to split a model over eight devices: attention, mesh, what must be sent, by whom
     "ring": ("ring", dict(data=2, sequence=4), "collective-permute", ("gpt2", "llama", "mixtral", "bert", "t5")),
     "mixed": ("alltoall", dict(fsdp=2, sequence=2, tensor=2), "all-to-all", ("mixtral", "bert", "t5")),
+    "alltoall": ("alltoall", dict(data=2, sequence=4), "all-to-all", ("mixtral", "bert", "t5")),
     "expert": ("auto", dict(data=2, expert=4), "ragged-all-to-all", ("mixtral",)),
     "expert, mixed": ("auto", dict(fsdp=2, expert=2, tensor=2), "ragged-all-to-all", ("mixtral",)),
 }

@@ -67,7 +67,8 @@ class ReluMLP(nnx.Module):
     @shaped
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = axes.constrain(x_BTD, "BTD", F=self.mlp_width)
-        return dense(axes.constrain(jax.nn.relu(dense(x_BTD, self.in_DF)), "BTF"), self.down_FD)
+        h_BTF = axes.constrain(jax.nn.relu(dense(x_BTD, self.in_DF)), "BTF")
+        return axes.constrain(dense(h_BTF, self.down_FD), "BTD", F=self.mlp_width)
 
 
 class Block(nnx.Module):

@@ -288,4 +288,5 @@ class Attention(nnx.Module):
     def _out(self, x_BTD, q_BNTH, k_BKSH, v_BKSH, mask: Mask, bias: Bias | None) -> jax.Array:
         q_BNTH = axes.constrain(q_BNTH, "BNTH")
         out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend, self.cap, bias)
-        return dense(out_BNTH.transpose(0, 2, 1, 3).astype(x_BTD.dtype), self.wo_NHD, self.bias_D, over=2)
+        y_BTD = dense(out_BNTH.transpose(0, 2, 1, 3).astype(x_BTD.dtype), self.wo_NHD, self.bias_D, over=2)
+        return axes.constrain(y_BTD, "BTD", N=self.heads)
