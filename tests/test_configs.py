@@ -1,5 +1,6 @@
 """Every config runs two steps in its `:tiny` form, from text to samples; a new file joins by being there."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -36,3 +37,8 @@ def test_a_config_prepares_trains_evaluates_and_samples(path, tmp_path):
             evaluate.main([f"--workdir={tmp_path}/run", f"--data={text}"])
         with pytest.raises(Mistake, match="--context and --stride are for decoders"):
             evaluate.main([f"--workdir={tmp_path}/run", "--stride=8"])
+
+
+def test_every_key_of_a_config_is_one_that_training_takes():
+    takes = set(inspect.signature(train.train).parameters) - {"workdir"}
+    assert takes == set(config.KEYS) - {"distributed"}

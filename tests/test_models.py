@@ -317,23 +317,16 @@ def test_a_wrong_shape_is_loud(name, params):
 
 PUBLISHED = {  # millions of parameters, with the vocabulary of each
     "gpt2": (50257, {"gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558, "gpt3-175b": 174_600}),
-    "llama": (
-        128256,
-        {
-            "llama3.1-8b": 8030,
-            "llama3.1-70b": 70_554,
-            "llama3.1-405b": 405_853,
-            "llama3.2-1b": 1236,
-            "llama3.2-3b": 3213,
-        },
-    ),
+    "llama": (128256, {
+        "llama3.1-8b": 8030, "llama3.1-70b": 70_554, "llama3.1-405b": 405_853, "llama3.2-1b": 1236, "llama3.2-3b": 3213,
+    }),
     "gemma": (256000, {"gemma2-2b": 2614, "gemma2-9b": 9242, "gemma2-27b": 27_227}),
     "mixtral": (32000, {"8x7b": 46_703, "8x22b": 140_621}),
     "rnn": (10_000, {"lstm-medium": 19.8, "lstm-large": 66.0}),
     "bert": (30522, {"bert-base": 110, "bert-large": 336, "distilbert-base": 67}),
     "modernbert": (50368, {"modernbert-base": 149, "modernbert-large": 395}),
     "t5": (32128, {"t5-small": 60.5, "t5-base": 223, "t5-large": 738, "t5-11b": 11_307, "t5-1.1-xxl": 11_135}),
-}
+}  # fmt: skip
 
 
 def test_presets_have_the_published_number_of_parameters(name):

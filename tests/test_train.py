@@ -393,12 +393,5 @@ def test_the_command_line_answers_a_typo_in_one_line(store, tmp_path):
     assert "Traceback" not in output
 
 
-def test_every_key_of_a_config_is_one_that_training_takes():
-    import inspect
-
-    takes = set(inspect.signature(train.train).parameters) - {"workdir"}
-    assert takes == set(config.KEYS) - {"distributed"}
-
-
 def test_the_config_of_these_tests_is_a_file_like_any_other(store):
     assert subprocess.run([sys.executable, "-c", CONFIG], capture_output=True).returncode == 0
