@@ -82,8 +82,8 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
 def assemble(config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1) -> Run:
     """The parts of a run and the shapes of its batch, placed on these devices."""
     step.check_batch(config["batch"], config.get("accumulate", 1))
-    mesh = lookup.spend("config.mesh", axes.mesh, {**config.get("mesh", {}), "slices": slices}, devices=where)
-    rules = {**axes.RULES, **config.get("rules", {})}
+    mesh = lookup.spend("config.mesh", axes.mesh, {**(config.get("mesh") or {}), "slices": slices}, devices=where)
+    rules = {**axes.RULES, **(config.get("rules") or {})}
     names = ("model", "optimizer", "steps", "objective", "guard", "seed", "accumulate", "ema", "dtype")
     schedule = lookup.spend("config.pipeline", pipeline.Schedule, config.get("pipeline"))
     with axes.on(mesh, rules), pipeline.on(schedule):
@@ -202,16 +202,17 @@ def candidates(
     config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1
 ) -> list[Candidate]:  # fmt: skip
     """The config on other meshes, by other remat policies and with half and double the batch, most promising first."""
-    count, chip = len(where) // slices, chips.of(where[0].device_kind)
+    kept = {name: n for name, n in (config.get("mesh") or {}).items() if name in ("stage", "expert", "sequence")}
+    count, chip = len(where) // slices // math.prod(kept.values()), chips.of(where[0].device_kind)
     splits = [(f, t) for t in (1, 2, 4, 8) for f in _divisors(count // t) if count % t == 0 and f * t * 8 >= count]
     found, left = [], {}  # what the forward pass leaves to the backward pass, by remat: the same on every mesh
     for (fsdp, tensor), remat in itertools.product(splits, REMAT):
         changed = {
             **config,
-            "mesh": dict(data=-1, fsdp=fsdp, tensor=tensor),
+            "mesh": dict(data=-1, fsdp=fsdp, tensor=tensor, **kept),
             "model": {**config["model"], "remat": remat},
         }
-        least = len(where) // tensor * config.get("accumulate", 1)
+        least = len(where) // tensor // kept.get("sequence", 1) * config.get("accumulate", 1)
         batches = [n for n in (config["batch"] // 2, config["batch"], 2 * config["batch"]) if n and n % least == 0]
         if not batches:
             continue
@@ -280,30 +281,30 @@ def main(argv: list[str]) -> None:
     """Read the command line, compile or count, print what a device holds and what a step takes."""
     own: dict[str, Any] = dict(mode="train", rows=16, prompt=512, new=512, tries=TRIES)
     args = configs.parse(
-        __doc__ or "", argv, workdir=None, topology="", slices=1, price=0.0, search=False, json=False, **own
+        __doc__ or "", argv, workdir=None, topology="", slices=int, price=0.0, search=False, json=False, **own
     )
     lookup.key("--mode", args.mode, dict.fromkeys(("train", "serve")))
-    lookup.within("--", 1, slices=args.slices, rows=args.rows, prompt=args.prompt, new=args.new, tries=args.tries)
+    lookup.within("--", 1, rows=args.rows, prompt=args.prompt, new=args.new, tries=args.tries)
     lookup.within("--", 0, price=args.price)
     if not args.search:
         log.setup()  # what does not divide over the mesh, and so is not split
     config, console = args.config.to_dict(), Console()
+    slices = (config.get("mesh") or {}).get("slices", 1) if args.slices is None else args.slices
+    lookup.within("--", 1, slices=slices)
     words = _words(config)
     if args.topology:
         jax.config.update("jax_platforms", "cpu")  # those that the program is for are not here
-    where = devices(args.topology, args.slices) if args.topology else jax.devices()
+    where = devices(args.topology, slices) if args.topology else jax.devices()
     if args.mode == "serve":
         if args.search:
             raise Mistake("--search is for --mode=train")
         plans: list[Any] = [
-            serving.make(
-                config, where, words=words, rows=args.rows, prompt=args.prompt, new=args.new, slices=args.slices
-            )
+            serving.make(config, where, words=words, rows=args.rows, prompt=args.prompt, new=args.new, slices=slices)
         ]
     elif not args.search:
-        plans = [make(config, where, words=words, slices=args.slices, price=args.price)]
+        plans = [make(config, where, words=words, slices=slices, price=args.price)]
     else:
-        found = search(config, where, words=words, slices=args.slices, price=args.price, tries=args.tries)
+        found = search(config, where, words=words, slices=slices, price=args.price, tries=args.tries)
         plans = []
         for told in found:
             if isinstance(told, str):

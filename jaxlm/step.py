@@ -7,6 +7,7 @@ A step that `Guard` refuses changes nothing but the counts in `progress`.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +95,22 @@ def check_batch(batch: int, accumulate: int) -> None:
     lookup.within("config.", 1, batch=batch, accumulate=accumulate)
     if batch % accumulate:
         raise lookup.Mistake(f"config.batch={batch} is no multiple of config.accumulate={accumulate}")
+
+
+def check_params(params: Any, step: int) -> None:
+    """Raise `Mistake` for parameters that are not finite: the guard sees losses and gradients, and an optimizer may
+    make of good ones what is no number.
+    """
+    if not math.isfinite(_total(params)):
+        raise lookup.Mistake(
+            f"step {step}: parameters are not finite, though the gradients were: see config.optimizer's own options. "
+            "Nothing was saved at this step; what was saved before is intact"
+        )
+
+
+@jax.jit
+def _total(params: Any) -> jax.Array:
+    return sum((x.sum() for x in jax.tree.leaves(params)), jnp.zeros(()))
 
 
 def init(tx: optax.GradientTransformation, params: Any, *, ema: float) -> State:

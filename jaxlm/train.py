@@ -165,6 +165,7 @@ def train(
                     log.pause()
                 if (when.save and step % when.save == 0) or last or stopping:
                     log.sync()
+                    steps_.check_params(state["params"], step)
                     checkpoints.save(step, state, found if step % (when.eval or steps) == 0 or last else None)
                     log.pause()
                 if stopping:

@@ -149,6 +149,17 @@ def test_a_search_compiles_no_more_than_it_may_and_says_how_far_it_is():
     assert "candidates" in said[1] and said[-1].startswith("3 of 3, ") and "fits" in said[-1]
 
 
+def test_a_search_keeps_the_axes_that_it_does_not_vary():
+    config = {**CONFIG, "batch": 8, "mesh": dict(data=2, sequence=2)}
+    found = plan.candidates(config, arithmetic.devices("gpu:h100x4"), words=WORDS)
+    assert found and all(one.config["mesh"]["sequence"] == 2 for one in found)
+
+
+def test_a_config_without_a_mesh_is_planned_as_it_is_trained():
+    told = plan.make({**CONFIG, "batch": 8, "mesh": None, "rules": None}, arithmetic.devices("gpu:h100x4"), words=WORDS)
+    assert told.mesh["data"] == 4
+
+
 def test_a_search_leaves_out_what_is_too_large_and_stops_growing_what_did_not_fit(monkeypatch):
     tried = []
 

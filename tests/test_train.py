@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -19,7 +17,7 @@ from jaxlm.data.words import Words
 from jaxlm.lookup import Mistake, spend
 from jaxlm.models import Blueprint
 from jaxlm.nn.loss import Sums
-from tests.runs import CONFIG, STEPS, arrays, losses, run, settings, start, two_processes, write_store
+from tests.runs import STEPS, arrays, losses, run, settings, start, two_processes, write_store
 
 
 def damage_a_byte(folder: Path):
@@ -345,6 +343,14 @@ def test_damaged_files_of_a_workdir_are_told_or_left_out(store, whole, tmp_path,
     assert set(steps) == {STEPS + 1} and (run / "report.html").exists()
 
 
+def test_parameters_that_are_no_numbers_are_not_saved(store, tmp_path):
+    """What an optimizer makes of finite gradients, in steps that the guard takes."""
+    optimizer = dict(name="adam", lr=1e-3, eps_root=0.0, eps=0.0, b2=0.0, schedule="constant")
+    with pytest.raises(Mistake, match="step 2: parameters are not finite, though the gradients were"):
+        train.train(str(tmp_path), store=store, **settings(steps=2, optimizer=optimizer, every=dict(save=2)))
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
 def test_what_only_an_objective_counts_may_rank_checkpoints(store):
     tokens = open_store(store)
     task = objectives.of(None, length=32, words=Words.of(tokens.tokenizer()), kind="decoder")
@@ -391,7 +397,3 @@ def test_the_command_line_answers_a_typo_in_one_line(store, tmp_path):
     output = run(tmp_path, store, "--config.optimizer.warmpu=3", check=2)
     assert "config.optimizer has no 'warmpu'; did you mean 'warmup'" in output
     assert "Traceback" not in output
-
-
-def test_the_config_of_these_tests_is_a_file_like_any_other(store):
-    assert subprocess.run([sys.executable, "-c", CONFIG], capture_output=True).returncode == 0

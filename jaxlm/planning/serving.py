@@ -37,8 +37,8 @@ def make(
     """
     lookup.within("--", 1, rows=rows, prompt=prompt, new=new)
     begun = time.perf_counter()
-    mesh = lookup.spend("config.mesh", axes.mesh, {**config.get("mesh", {}), "slices": slices}, devices=where)
-    rules = {**axes.RULES, **config.get("rules", {})}
+    mesh = lookup.spend("config.mesh", axes.mesh, {**(config.get("mesh") or {}), "slices": slices}, devices=where)
+    rules = {**axes.RULES, **(config.get("rules") or {})}
     with axes.on(mesh, rules):
         dtype = config.get("dtype", "auto")
         if dtype == "auto":
