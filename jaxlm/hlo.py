@@ -3,7 +3,8 @@
     operations = hlo.read(compiled.as_text())
     sum(op.times * op.cycles for op in operations)          a TPU's compiler writes down what it expects of each
 
-A loop's body is counted as often as the loop runs. Of a choice the dearest branch counts. What is fused into one
+A loop's body is counted as often as the loop runs. Of a choice the dearest branch counts; in a scope `seen_0.6`, as in
+`nn/context.py`, six times in ten. What is fused into one
 operation is one, but for collectives, which are listed wherever they are. What is sent to other slices through the host
 is a collective, too, and begun: the program of one slice does it by `send`.
 """
@@ -32,7 +33,7 @@ class Operation:
 
     name: str
     kind: str  # fusion, all-gather, custom-call, ...
-    times: int  # how often a step runs it
+    times: float  # how often a step runs it
     cycles: int  # what one run costs, where the compiler says so
     sizes: tuple[tuple[str, tuple[int, ...]], ...]  # dtype and shape of each result
     inputs: tuple[tuple[str, tuple[int, ...]], ...]  # the same of a kernel's operands, where they are written down
@@ -71,10 +72,10 @@ def read(text: str, unknown: int = 1) -> list[Operation]:
     places, devices = _Places(text), int((re.search(r"\bnum_partitions=(\d+)", text) or ["", "1"])[1])
 
     @functools.cache
-    def weight(name: str) -> int:
+    def weight(name: str) -> float:
         return sum(op.times * op.cycles for op in walk(name, 1))
 
-    def walk(name: str, times: int) -> Iterator[Operation]:
+    def walk(name: str, times: float) -> Iterator[Operation]:
         for line in computations.get(name, ()):
             match = _INSTRUCTION.match(line)
             if match is None:
@@ -87,7 +88,7 @@ def read(text: str, unknown: int = 1) -> list[Operation]:
             if kind == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
                 names = re.findall(r"[\w.-]+", branches[1]) if branches else called(r"(?:true|false)_computation")
-                yield from walk(max(names, key=weight), times)
+                yield from walk(max(names, key=weight), times * seen(rest))
                 continue
             if kind in ("call", "async-start"):
                 yield from walk((called("to_apply") or called("calls"))[0], times)
@@ -103,7 +104,12 @@ def read(text: str, unknown: int = 1) -> list[Operation]:
     return list(walk(entry, 1))
 
 
-def _operation(match: re.Match, times: int, places: "_Places") -> Operation | None:
+def seen(scope: str) -> float:
+    """What share of something is computed, as the scope that it was traced in says: `seen_0.6`; all where none does."""
+    return float((re.search(r"seen_([\d.]+)", scope) or ["", "1"])[1])
+
+
+def _operation(match: re.Match, times: float, places: "_Places") -> Operation | None:
     name, result, kind, rest = match.groups()
     cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
     base, begun = kind.removesuffix("-start"), kind.endswith("-start")
@@ -124,7 +130,7 @@ def _operation(match: re.Match, times: int, places: "_Places") -> Operation | No
     )  # fmt: skip
 
 
-def _crossing(match: re.Match, times: int, devices: int) -> Operation | None:
+def _crossing(match: re.Match, times: float, devices: int) -> Operation | None:
     """What a device exchanges with those in its place in other slices, of so many devices each."""
     name, result, kind, rest = match.groups()
     what = re.search(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', rest)

@@ -126,7 +126,7 @@ def make(
     operations = hlo.read(compiled.as_text() or "")
     known: dict[str, Any] = _known(config, where, run) | dict(
         compiled=True, temporary_bytes=temporary, peak_bytes=peak, compile_seconds=took,
-        estimated_cycles=sum(op.times * op.cycles for op in operations),
+        estimated_cycles=round(sum(op.times * op.cycles for op in operations)),
     )  # fmt: skip
     chip = chips.of(where[0].device_kind)
     if not chip or not chip.clock:

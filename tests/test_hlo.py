@@ -79,6 +79,13 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_a_choice_the_dearest(operation
     assert costs == {"product": 32_000, "d": 70}
 
 
+def test_a_choice_counts_as_often_as_its_scope_says():
+    """A ring leaves out the blocks of keys that nobody sees, by a choice in each."""
+    text = TEXT.replace("{%cheap, %dear}", '{%cheap, %dear}, metadata={op_name="jit(step)/seen_0.6000/cond"}')
+    dear = next(op for op in hlo.read(text) if op.name == "d")
+    assert dear.times * dear.cycles == pytest.approx(0.6 * 70)
+
+
 def test_collectives_are_found_within_fusions_with_their_group_and_what_they_send(operations):
     inner, gather, total = (operations[name] for name in ("inner", "gather", "sum"))
     assert (inner.kind, inner.times, inner.group, inner.stride) == ("reduce-scatter", 32, 2, 4)

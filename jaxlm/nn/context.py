@@ -138,7 +138,9 @@ def _ring(q, k, v, mask: Mask, params, *, over, devices, cap, graph) -> jax.Arra
     q = (q * H**-0.5).reshape(B, K, N // K, T, H)
     if how.folded:
         q, k, v = (_fold(x, how) for x in (q, k, v))
-    out = jnp.asarray(_around(how, q, k, v, mask, params))
+    seen = (1 + how.chunk(T) / (T * devices)) / 2 if how.folded else 1.0  # of the blocks; `jaxlm plan` reads it
+    with jax.named_scope(f"seen_{seen:.4f}"):
+        out = jnp.asarray(_around(how, q, k, v, mask, params))
     return (_unfold(out, how) if how.folded else out).reshape(B, N, T, H)
 
 

@@ -83,8 +83,7 @@ class Cost:
         products += products == 4 and any(len(shape) == 5 for _, shape in op.sizes)  # one kernel for all gradients
         floats = [shape for dtype, shape in op.inputs if dtype in ("bf16", "f32") and len(shape) > 2]
         q, k = (floats + [(0, 0, 0)] * 2)[:2]  # [rows, heads, tokens, H]; a single row has no axis of its own
-        seen = float((re.search(r"seen_([\d.]+)", op.scope) or ["", "1"])[1])
-        return 2 * products * math.prod(q) * k[-2] * seen / (KERNEL * self.chip.flops)
+        return 2 * products * math.prod(q) * k[-2] * hlo.seen(op.scope) / (KERNEL * self.chip.flops)
 
     def link(self, op: Operation) -> float:
         """One run of a collective over the links that its group has."""
