@@ -12,7 +12,8 @@ import pytest
 # Tiny programs: compiling them is what takes the time, and the older emitters compile them a third faster.
 FLAGS = ["--xla_backend_optimization_level=0"]
 if metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and die of it
-    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+    # ... and each in one piece, since two processes of tests have two cores between them
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 
 for name, value in {
     "JAX_PLATFORMS": "cpu",

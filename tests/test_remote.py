@@ -203,6 +203,7 @@ def test_a_store_in_a_bucket_is_the_one_in_a_folder(bucket, server, tmp_path):
     assert again.sources == ["prose"] and not any("lists" in name for name in held(server) if "store/" in name)
 
 
+@pytest.mark.endurance
 def test_a_preparation_that_was_killed_early_goes_on_in_a_bucket(bucket, server, tmp_path):
     """Before there is a tokenizer: an object store has no empty folder that could stand for it."""
     sources = runs.write_corpus(tmp_path)

@@ -91,13 +91,9 @@ def test_another_seed_is_another_run(store, whole, tmp_path):
     assert losses(whole) != losses(tmp_path)
 
 
+@pytest.mark.endurance
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param(dict(data=8), marks=pytest.mark.endurance),
-        pytest.param(dict(data=2, stage=2, fsdp=2), marks=pytest.mark.endurance),
-        dict(fsdp=2, sequence=2, tensor=2),
-    ],
+    "mesh", [dict(data=8), dict(data=2, stage=2, fsdp=2), dict(fsdp=2, sequence=2, tensor=2)], ids=str
 )
 def test_it_resumes_on_eight_devices_with_the_same_losses(store, whole, tmp_path, mesh):
     train.train(str(tmp_path), store=store, **settings(steps=5))
@@ -112,6 +108,7 @@ def test_it_resumes_on_two_processes_with_the_same_losses(store, whole, tmp_path
     np.testing.assert_allclose(losses(tmp_path), losses(whole), atol=1e-5)
 
 
+@pytest.mark.endurance
 def test_sigterm_saves_says_so_and_exits_with_zero(store, whole, tmp_path):
     process = start(tmp_path, store)
     metrics = tmp_path / "metrics.jsonl"
@@ -178,6 +175,7 @@ def checkpoint_part(workdir, part, shapes):
         return checkpoints.restore({part: shapes})[1][part]
 
 
+@pytest.mark.endurance
 def test_a_run_begins_with_text_vectors_as_large_as_the_familys_own(store, tmp_path, capsys):
     """On any mesh; a resumed run does not look at the file."""
     file, rng = tmp_path / "vectors.txt", np.random.default_rng(0)

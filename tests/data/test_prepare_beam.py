@@ -70,7 +70,7 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("name", HOW)
+@pytest.mark.parametrize("name", ["plain", "neighbours", pytest.param("everything", marks=pytest.mark.endurance)])
 def test_the_store_is_the_one_that_a_single_process_makes(name, corpus, tmp_path):
     how = dict(HOW[name], validation=0.2)
     prepare(f"{tmp_path}/local", corpus, workers=1, **how)
