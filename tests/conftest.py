@@ -21,6 +21,7 @@ for name, value in {
     "JAX_NUMPY_RANK_PROMOTION": "raise",  # x_TD + y_D must say so
     "XLA_FLAGS": " ".join(FLAGS),
     "JAX_COMPILATION_CACHE_DIR": "",  # nothing is left in a home (scripts/test.sh names a folder)
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask Google itself; read when gcsfs is first imported
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu compiles for a TPU that is not there ...
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # ... in several processes at once
 }.items():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.axes import shaped
-from jaxlm.nn import positions
+from jaxlm.nn import pipeline, positions
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import Head, embed
 from jaxlm.nn.mask import Mask, across
@@ -93,19 +93,22 @@ def through(
     key: jax.Array | None, *more: Any, remat: str,
 ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
     """Lead x through the blocks of a stack: each is called with x, the mask, `more`, what its `cross` attention takes
-    (None without a memory), the cache, its number and a key. Returns x and the cache. `more` are modules of parameters,
-    of which each layer is given a copy: so the stages of a pipeline have theirs.
+    (None without a memory), the cache, its number and a key. Returns x and the cache. `more` are modules of parameters
+    that all layers share; in a pipeline each layer is given a copy, since no array may come from around it, and what
+    is made of them for all layers at once elsewhere is made for each.
     """
     keys = None if key is None else jax.random.split(key, layers)
-    graph, params = nnx.split(more)
-    copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), nnx.to_pure_dict(params))
+    graph, copies = None, None
+    if cache is None and pipeline.split(layers, len(x_BTD)):
+        graph, params = nnx.split(more)
+        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), nnx.to_pure_dict(params))
 
     def step(block, carry, rows, extra):
         (mask, memory), (layer, key, kv, own) = rows, extra
         cross = None
         if memory is not None:
             cross = (*(block.cross.keys_values(memory.states_BSD) if kv is None else kv), memory.mask)
-        return block(carry[0], mask, *nnx.merge(graph, own), cross, carry[1], layer, key)
+        return block(carry[0], mask, *(more if graph is None else nnx.merge(graph, own)), cross, carry[1], layer, key)
 
     per_layer = (np.arange(layers), keys, None if cache is None else cache.cross, copies)
     return scan(blocks, (x_BTD, cache), step, per_layer, rows=(mask, memory), remat=remat)
