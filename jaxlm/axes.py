@@ -256,6 +256,14 @@ def constrain(x: jax.Array, letters: str, **beside: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, to if inside else NamedSharding(mesh, to))
 
 
+def summed(x: jax.Array, letters: str, **beside: int) -> jax.Array:
+    """What a layer adds, summed over what its `beside` is split by: tokens stay as `sequence` splits them. Where it
+    splits none, x itself: each device then keeps the sums of its own tokens alone.
+    """
+    inside = splitting("T", letters + "".join(beside), (*x.shape, *beside.values()))
+    return constrain(x, letters, **beside) if inside else x
+
+
 def cut(letters: str) -> tuple[str, str]:
     """Split a weight's axes into (in, out) around the model width: `DNH` -> (`D`, `NH`), `NHD` -> (`NH`, `D`)."""
     return (letters[0], letters[1:]) if letters[0] == "D" else (letters[:-1], letters[-1])

@@ -68,7 +68,7 @@ class ReluMLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = axes.constrain(x_BTD, "BTD", F=self.mlp_width)
         h_BTF = axes.constrain(jax.nn.relu(dense(x_BTD, self.in_DF)), "BTF")
-        return axes.constrain(dense(h_BTF, self.down_FD), "BTD", F=self.mlp_width)
+        return axes.summed(dense(h_BTF, self.down_FD), "BTD", F=self.mlp_width)
 
 
 class Block(nnx.Module):

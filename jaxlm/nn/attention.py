@@ -289,4 +289,4 @@ class Attention(nnx.Module):
         q_BNTH = axes.constrain(q_BNTH, "BNTH")
         out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend, self.cap, bias)
         y_BTD = dense(out_BNTH.transpose(0, 2, 1, 3).astype(x_BTD.dtype), self.wo_NHD, self.bias_D, over=2)
-        return axes.constrain(y_BTD, "BTD", N=self.heads)
+        return axes.summed(y_BTD, "BTD", N=self.heads)

@@ -25,7 +25,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = axes.constrain(x_BTD, "BTD", F=self.mlp_width)
         h_BTF = axes.constrain(self.activation(dense(x_BTD, self.up_DF, self.bias_F)), "BTF")
-        return axes.constrain(dense(h_BTF, self.down_FD, self.bias_D), "BTD", F=self.mlp_width)
+        return axes.summed(dense(h_BTF, self.down_FD, self.bias_D), "BTD", F=self.mlp_width)
 
 
 class GatedMLP(nnx.Module):
@@ -40,7 +40,7 @@ class GatedMLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = axes.constrain(x_BTD, "BTD", F=self.mlp_width)
         h_BTF = axes.constrain(self.activation(dense(x_BTD, self.gate_DF)) * dense(x_BTD, self.up_DF), "BTF")
-        return axes.constrain(dense(h_BTF, self.down_FD), "BTD", F=self.mlp_width)
+        return axes.summed(dense(h_BTF, self.down_FD), "BTD", F=self.mlp_width)
 
 
 class Dense(nnx.Module):
