@@ -22,6 +22,7 @@ COMPILED = {  # JAX's own settings, unless the environment has them
 }
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 CLOUDS = {"gcsfs": "gcs", "s3fs": "s3"}  # what opens gs:// and s3://, and the extra that brings it
+REACH = ("aiohttp", "botocore", "gcsfs", "google", "s3fs")  # whose errors are about a bucket
 
 
 def ask_for_huge_pages() -> None:
@@ -110,6 +111,14 @@ def run(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] 
                 f"jaxlm {name}: {str(e).splitlines()[0]}\nThe devices have not memory enough; what was saved before is "
                 "intact. Try a smaller batch or length, in training more config.accumulate or config.model.remat=full, "
                 "or more devices; `jaxlm plan` tells what a config needs",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        if type(e).__module__.partition(".")[0] in REACH:
+            print(
+                f"jaxlm {name}: {(str(e) or type(e).__name__).splitlines()[0]}\nThe bucket cannot be reached, or not with "
+                "these rights: see its address, the network, and the credentials of this machine. What was finished "
+                "before is intact",
                 file=sys.stderr,
             )
             sys.exit(2)

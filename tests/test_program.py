@@ -76,6 +76,20 @@ def test_devices_without_memory_enough_are_one_line_and_what_to_do(capsys, monke
     assert stopped.value.code == 2 and "Out of memory" in said and "smaller batch" in said and "Traceback" not in said
 
 
+def test_a_bucket_that_is_out_of_reach_is_one_line_and_what_to_look_at(capsys, monkeypatch):
+    error = type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
+
+    def main(argv):
+        raise error("Could not connect to the endpoint URL")
+
+    monkeypatch.setattr(program, "ask_for_huge_pages", lambda: None)
+    monkeypatch.setattr(program, "keep_compiled", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        program.run("report", main, [])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Could not connect" in said and "credentials" in said
+
+
 def test_another_kind_of_processor_has_another_folder(monkeypatch):
     ours = program.compiled_folder()
     monkeypatch.setattr(Path, "read_text", lambda self: "model name : another\nflags : none")
