@@ -106,21 +106,8 @@ def run(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] 
         print(f'jaxlm {name}: {e}; for jaxlm: pip install "jaxlm[{extra}]"', file=sys.stderr)
         sys.exit(2)
     except Exception as e:
-        if is_out_of_memory(e):
-            print(
-                f"jaxlm {name}: {str(e).splitlines()[0]}\nThe devices have not memory enough; what was saved before is "
-                "intact. Try a smaller batch or length, in training more config.accumulate or config.model.remat=full, "
-                "or more devices; `jaxlm plan` tells what a config needs",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        if type(e).__module__.partition(".")[0] in REACH:
-            print(
-                f"jaxlm {name}: {(str(e) or type(e).__name__).splitlines()[0]}\nThe bucket cannot be reached, or not with "
-                "these rights: see its address, the network, and the credentials of this machine. What was finished "
-                "before is intact",
-                file=sys.stderr,
-            )
+        if told := _told(e):
+            print(f"jaxlm {name}: {told}", file=sys.stderr)
             sys.exit(2)
         if not is_disk_full(e):
             raise
@@ -149,9 +136,21 @@ def output(flag: str, path: str) -> None:
         raise Mistake(f"{flag}={path}: {fault}")
 
 
-def is_out_of_memory(e: BaseException) -> bool:
-    """Whether XLA says that a device has no room."""
-    return type(e).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(e)
+def _told(e: Exception) -> str:
+    """What to say of an error that comes from outside; "" for what only its traceback can tell."""
+    first = (str(e) or type(e).__name__).splitlines()[0]
+    if type(e).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(e):
+        return (
+            f"{first}\nThe devices have not memory enough; what was saved before is intact. Try a smaller batch or "
+            "length, in training more config.accumulate or config.model.remat=full, or more devices; `jaxlm plan` tells "
+            "what a config needs"
+        )
+    if type(e).__module__.partition(".")[0] in REACH:
+        return (
+            f"{first}\nThe bucket cannot be reached, or not with these rights: see its address, the network, and the "
+            "credentials of this machine. What was finished before is intact"
+        )
+    return ""
 
 
 def is_disk_full(e: BaseException | None) -> bool:
