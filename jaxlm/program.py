@@ -142,8 +142,8 @@ def _told(e: Exception) -> str:
     if type(e).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(e):
         return (
             f"{first}\nThe devices have not memory enough; what was saved before is intact. Try a smaller batch or "
-            "length, in training more config.accumulate or config.model.remat=full, or more devices; `jaxlm plan` tells "
-            "what a config needs"
+            "length, in training more config.accumulate or config.model.remat=full, or more devices; `jaxlm plan` "
+            "tells what a config needs"
         )
     if type(e).__module__.partition(".")[0] in REACH:
         return (
