@@ -306,6 +306,7 @@ def test_how_a_model_is_computed_may_change_on_the_way(store, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     model = settings()["model"] | dict(remat="full", attention="chunked", dropout=0.2, tied=False)
     train.train(str(run), store=store, **settings(steps=STEPS + 1, model=model))
+    assert losses(run)[:STEPS] == losses(whole) and len(losses(run)) == STEPS + 1
 
 
 def test_a_rate_a_clip_and_a_decay_of_another_size_are_gone_on_with(store, whole, tmp_path):
