@@ -27,7 +27,8 @@ from jax._src import distributed  # where the key-value store is, to Orbax as we
 from jaxlm import program
 from jaxlm.lookup import Mistake
 
-BEAT, GRACE, BOUND = 1.0, 10.0, 60.0  # seconds: between signs; of silence after a failure; of silence at any time
+BEAT, GRACE, BOUND = 1.0, 10.0, 60.0  # seconds: between signs; of silence after a failure; from a death to all ends
+SILENCE = BOUND - 15.0  # of silence at any time: then a verdict is spoken, read by all, and obeyed
 CODE = os.EX_TEMPFAIL  # of a process that ends because another died: the same command may well succeed
 
 
@@ -98,7 +99,7 @@ class Together:
             if seen.get(process, ("",))[0] != sign:
                 seen[process] = (sign, now)
         failed = {process: came for process, (sign, came) in seen.items() if sign.startswith("failed ")}
-        patience = GRACE if failed else BOUND
+        patience = GRACE if failed else SILENCE
         for process, (sign, came) in seen.items():
             if sign.startswith("alive ") and now - came > patience:
                 host = sign.split()[1]

@@ -1,9 +1,11 @@
 """Strict flags for every test, set before anything imports jax; programs that a test starts inherit them."""
 
+from collections.abc import Iterator
 import gc
 from importlib import metadata
 import os
 from pathlib import Path
+import sys
 import tempfile
 
 from hypothesis import settings
@@ -41,6 +43,17 @@ settings.load_profile("house")
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What libraries and programs leave behind goes where pytest clears up."""
     tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("t"))
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """A program that a failed test leaves running would disturb all that come after it."""
+    yield
+    if runs := sys.modules.get("tests.runs"):  # not before the flags are set, and where it is used
+        for process in runs.Started.running:
+            process.kill()
+            process.wait()
+        runs.Started.running.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -114,10 +114,13 @@ def environment(**more: str) -> dict[str, str]:
 class Started(subprocess.Popen):
     """A process that prints into a file: into a pipe that nobody reads yet, it would one day wait for ever."""
 
+    running: list["Started"] = []  # those of the test that runs now; conftest.py ends what a test leaves
+
     def __init__(self, command: Sequence[str], env: dict[str, str]):
         file, self.printed = tempfile.mkstemp()
         with open(file, "wb") as stdout:
             super().__init__(command, env=env, stdout=stdout, stderr=subprocess.STDOUT)
+        self.running.append(self)
 
     def finished(self, timeout: float = 600) -> str:
         """All that it has printed, when it has ended; it is killed when that takes too long."""

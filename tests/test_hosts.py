@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm import log
-from jaxlm.hosts import BOUND, GRACE, Together
+from jaxlm.hosts import GRACE, SILENCE, Together
 
 
 @pytest.fixture
@@ -31,12 +31,12 @@ def alive(tick):
 
 
 def test_a_process_that_gives_no_sign_for_the_bound_is_dead_and_not_before(judge, clock):
-    for tick in range(int(BOUND) + 1):
+    for tick in range(int(SILENCE) + 1):
         clock[0] = tick
         assert not judge(alive(tick), "alive worker-7 0", alive(tick))
     clock[0] += 1
     said = judge(alive(-1), "alive worker-7 0", alive(-1))
-    assert said == "process 1 of 3 on worker-7 died: no sign of life for 61 s"
+    assert said == "process 1 of 3 on worker-7 died: no sign of life for 46 s"
 
 
 def test_after_a_failure_a_short_silence_tells_the_dead_from_those_that_failed_by_it(judge, clock):
