@@ -28,7 +28,9 @@ Section = Mapping[str, Any] | None
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """Which steps are skipped: those with a loss or gradient that is not finite, or a gradient norm of `factor` times
-    its running mean (looked for once `after` steps were good). `patience` skipped steps in a row end the run.
+    its running mean (looked for once `after` steps were good). `patience` skipped steps in a row end the run. The mean
+    counts a norm of more than `factor` times itself as that, so that it comes up with one that has risen to stay: a
+    model that leaves a plateau is not held there, however good its gradients.
     """
 
     factor: float = 10.0
@@ -186,7 +188,8 @@ def make(
         grads, sums = gradients(state["params"], batch, key)
         norm, mean = optax.tree.norm(grads), sums.loss / jnp.maximum(sums.weight, 1.0)
         spike = (progress["seen"] >= guard.after) & (norm > guard.factor * progress["norm"])
-        good = jnp.isfinite(norm) & jnp.isfinite(mean) & (sums.weight > 0) & ~spike
+        finite = jnp.isfinite(norm) & jnp.isfinite(mean) & (sums.weight > 0)
+        good = finite & ~spike
 
         updates, opt = tx.update(grads, state["opt"], state["params"])
         new = dict(params=optax.apply_updates(state["params"], updates), opt=opt)
@@ -194,13 +197,14 @@ def make(
             new["ema"] = optax.incremental_update(new["params"], state["ema"], 1.0 - ema)
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # fused with the update; a cond would copy
-        blend = jnp.where(progress["seen"] == 0, norm, 0.98 * progress["norm"] + 0.02 * norm)
+        most = jnp.minimum(norm, guard.factor * progress["norm"])
+        blend = jnp.where(progress["seen"] == 0, norm, 0.98 * progress["norm"] + 0.02 * most)
         new["progress"] = dict(
             step=progress["step"] + 1,
             skipped=progress["skipped"] + ~good,
             in_row=jnp.where(good, 0, progress["in_row"] + 1),
             seen=progress["seen"] + good,
-            norm=jnp.where(good, blend, progress["norm"]),
+            norm=jnp.where(finite, blend, progress["norm"]),
         )
         per_token = jnp.maximum(sums.weight, 1.0)
         metrics = dict(loss=sums.nll / per_token, objective=mean, accuracy=sums.correct / per_token)

@@ -131,9 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Mistake as mistake:
         parser.error(str(mistake))
     count, several, right = (found.pop(name) for name in ("tokens", "gaps", "right"))
-    table = Table(
-        "nats per token", "", title=f"{count:,} held-out tokens in {several:,} gaps; t5 gets {right:.1%} right"
-    )
+    print(f"{count:,} held-out tokens in {several:,} gaps; t5 gets {right:.1%} right")
+    table = Table("nats per token", "")
     for name, nats in found.items():
         table.add_row(name, f"{nats:.3f}")
     Console().print(table)

@@ -87,6 +87,16 @@ def test_a_bad_step_changes_nothing_and_is_counted(blueprint, batch, value):
     assert int(states[-1]["progress"]["step"]) == 5
 
 
+def test_gradients_that_have_risen_to_stay_are_followed_after_a_few_steps(blueprint, batch):
+    """As where a plateau ends: a mean of good steps alone would call each of the others a spike, and end the run."""
+    good = dict(batch, tokens=batch["tokens"].at[0, 0].set(1))
+    risen = dict(batch, tokens=batch["tokens"].at[0, 0].set(0))
+    guard = step.Guard(factor=10.0, after=2)
+    _, metrics = run(blueprint, [good] * 3 + [risen] * 15, optax.sgd(0.0), poisoned(50.0), guard=guard)
+    skipped = [int(m["in_row"]) for m in metrics]
+    assert skipped == [0, 0, 0, *range(1, 11), *[0] * 5], "1.18 ** 10 > 5"
+
+
 def test_a_batch_without_a_real_token_is_skipped(blueprint, batch):
     empty = dict(batch, weights=jnp.zeros_like(batch["weights"]))
     states, metrics = run(blueprint, [empty])
