@@ -20,6 +20,7 @@ process's. The keys are the peer's: dtype, params, first_step_s, step_ms, tokens
 """
 
 import argparse
+from collections.abc import Iterable
 import functools
 import json
 import math
@@ -289,6 +290,15 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def shown(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All the lines, each printed as soon as it is there."""
+    found = []
+    for line in lines:
+        found.append(line)
+        print(json.dumps(line), flush=True)
+    return found
+
+
 def main() -> None:
     """Measure, print a line each, and the ratio to the peer's best."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -309,13 +319,11 @@ def main() -> None:
         print(json.dumps(WHAT[a.what](a, a.variant)))
         return
     program.ask_for_huge_pages()  # as `jaxlm train` does
-    before = peer(a) if a.peer else []
+    before = shown(peer(a)) if a.peer else []
     names = [name for name in lookup.names("jaxlm.models") or [] if name != "ngram"]
     variants = names if a.what == "families" else VARIANTS.get(a.what) or a.dtype.split(",")
-    ours = [measure(a, a.what, variant) for variant in variants]
-    after = peer(a) if a.peer else []
-    for line in (*before, *ours, *after):
-        print(json.dumps(line), flush=True)
+    ours = shown(measure(a, a.what, variant) for variant in variants)
+    after = shown(peer(a)) if a.peer else []
     if a.peer and a.what in ("train", "decode"):
         rate = "tokens_per_s" if a.what == "train" else "new_tokens_per_s"
         best = max(x[rate] for x in ours), max(x[rate] for x in (*before, *after))

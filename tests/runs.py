@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorstore as ts
@@ -114,7 +114,7 @@ def environment(**more: str) -> dict[str, str]:
 class Started(subprocess.Popen):
     """A process that prints into a file: into a pipe that nobody reads yet, it would one day wait for ever."""
 
-    running: list["Started"] = []  # those of the test that runs now; conftest.py ends what a test leaves
+    running: ClassVar[list["Started"]] = []  # those of the test that runs now; conftest.py ends what a test leaves
 
     def __init__(self, command: Sequence[str], env: dict[str, str]):
         file, self.printed = tempfile.mkstemp()
