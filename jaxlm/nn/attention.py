@@ -21,7 +21,7 @@ from jaxlm import axes, lookup
 from jaxlm.axes import shaped
 from jaxlm.nn import context, positions, splash, triton
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import dense, normal, zeros
+from jaxlm.nn.linear import crossed, dense, normal, zeros
 from jaxlm.nn.mask import Mask, ahead, visible
 
 Bias = Callable[[jax.Array], jax.Array]  # from how far a query is ahead of a key [B or 1, T, S] to scores [.., N, T, S]
@@ -114,8 +114,8 @@ def _attend_backward(spans: Spans, saved, d_out: jax.Array):
         dq = _product("ts,sh->th", d_score, _rows(k, k, low, high)) * scale
         dqs.append(dq.astype(q.dtype).reshape(*q.shape[:2], last - first, -1))
         place = ((0, 0), (low, k.shape[2] - high), (0, 0))
-        dk += jnp.pad(_product("ts,th->sh", d_score, _rows(q, k, first, last) * scale), place)
-        dv += jnp.pad(_product("ts,th->sh", power, d), place)
+        dk += jnp.pad(crossed(d_score, _rows(q, k, first, last) * scale), place)
+        dv += jnp.pad(crossed(power, d), place)
     dq = jnp.concatenate(dqs, axis=2)
     return dq, jnp.astype(dk, k.dtype).reshape(k.shape), jnp.astype(dv, v.dtype).reshape(v.shape), None
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from flax import nnx
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 from jaxlm import axes
@@ -123,10 +124,23 @@ def _half_forward(x: jax.Array, w: jax.Array):
 
 def _half_backward(kept, d: jax.Array):
     x, half = kept
-    return _summed(d, half, 1, 1).astype(x.dtype), _summed(x.astype(jnp.float32), d.astype(jnp.float32), 0, 0)
+    return _summed(d, half, 1, 1).astype(x.dtype), crossed(x, d)
 
 
 _half_product.defvjp(_half_forward, _half_backward)
+
+
+def crossed(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[.., tokens, M], [.., tokens, N] -> [.., M, N] in float32, a' b: what gradients of weights, keys and values are.
+
+    A CPU's fast products of bfloat16s contract the last axis of the first, so `a` is turned in memory; a mere transpose
+    XLA would make a part of the product again. Devices that split the work each would gather all of `a` for that.
+    """
+    place = axes.here()
+    if a.dtype == jnp.bfloat16 and axes.platform() == "cpu" and (place is None or place[0].size == 1):
+        a = with_layout_constraint(a.swapaxes(-1, -2), Layout(tuple(range(a.ndim))))
+        return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum("...tm,...tn->...mn", a, b, preferred_element_type=jnp.float32)
 
 
 def _summed(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:

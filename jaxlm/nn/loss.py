@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import axes, lookup
 from jaxlm.axes import shaped
-from jaxlm.nn.linear import Head
+from jaxlm.nn.linear import Head, crossed
 
 LOGITS_AT_ONCE = 2**24  # elements of one chunk's logits on a device, unless told otherwise: 64 MiB in float32
 ACCELERATED = 2**28  # the same on a TPU or GPU, where each chunk also reads and writes the head's gradient
@@ -111,7 +111,7 @@ def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
                 d = d * (1.0 - jnp.square(logits / cap))
             d_bias = None if bias is None else d_bias + d.sum(axis=(0, 1))
             d = d.astype(x.dtype).reshape(-1, V)
-            d_table = d_table + (d.T @ x.reshape(-1, x.shape[-1])).astype(jnp.float32)
+            d_table = d_table + crossed(d, x.reshape(-1, x.shape[-1]))
             return (jax.tree.map(jnp.add, sums, new), d_table, d_bias), (d @ table).reshape(x.shape)
 
         xs = tuple(_split(a, chunk) for a in (x, labels, weights))

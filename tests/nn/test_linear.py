@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm import axes
-from jaxlm.nn.linear import Turned, dense, embed
+from jaxlm.nn.linear import Turned, crossed, dense, embed
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -32,6 +32,25 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
     x, w, bias = jnp.zeros((1, 1000, 8), jnp.bfloat16), jnp.zeros((8, 4)), jnp.zeros(4)
     found = jax.grad(lambda b: dense(x, w, b).astype(jnp.float32).sum())(bias)
     assert found.dtype == jnp.float32 and found.tolist() == [1000.0] * 4, "in bfloat16 it would stop at 256"
+
+
+def test_a_sum_over_tokens_in_bfloat16_rounds_nothing_on_its_way():
+    """Turned in memory as on one device, several at a time or not."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.standard_normal((2, 512, n)), jnp.bfloat16) for n in (6, 10))
+    want = np.einsum("btm,btn->bmn", np.asarray(a, np.float64), np.asarray(b, np.float64))
+    for found in (crossed(a, b), jax.jit(crossed)(a, b), jnp.stack([crossed(a[i], b[i]) for i in range(2)])):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
+
+
+def test_devices_that_have_tokens_of_their_own_gather_none_of_them_for_a_sum_over_tokens():
+    mesh = axes.mesh(data=8)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    a, b = (jax.ShapeDtypeStruct((64, n), jnp.bfloat16, sharding=place) for n in (16, 8))
+    with axes.on(mesh):
+        text = jax.jit(crossed).lower(a, b).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text
 
 
 def test_a_token_that_comes_often_gets_all_of_its_gradient_where_the_stream_is_bfloat16(monkeypatch):
