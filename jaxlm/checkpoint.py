@@ -120,8 +120,7 @@ class Checkpoints:
         """
         self._manager.check_for_errors()
         parts = {
-            name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(chunks.cut, tree))
-            for name, tree in state.items()
+            name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(chunks.cut, tree)) for name, tree in state.items()
         }
         items = ocp.args.Composite(**parts, seal=ocp.args.JsonSave(seal(state)))
         self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None, force=True)

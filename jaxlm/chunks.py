@@ -3,10 +3,10 @@
     trees = handler()                                                       for ocp.args.PyTreeSave and PyTreeRestore
     ocp.args.PyTreeSave(tree, save_args=jax.tree.map(cut, tree))
 
-Orbax alone writes what a device holds of an array as one chunk, and reads it whole into the host's memory before it goes
-to the device. Here each chunk is a file of about `CHUNK` bytes, not compressed: numbers of trained weights hardly get
-smaller, and compressing takes the cores from the next steps. A large array begins as zeros on its devices and is filled
-chunk by chunk, each read once for all devices of the host.
+Orbax alone writes what a device holds of an array as one chunk, and reads it whole into the host's memory before it
+goes to the device. Here each chunk is a file of about `CHUNK` bytes, not compressed: numbers of trained weights hardly
+get smaller, and compressing takes the cores from the next steps. A large array begins as zeros on its devices and is
+filled chunk by chunk, each read once for all devices of the host.
 """
 
 import collections
@@ -30,8 +30,8 @@ AHEAD, SHARE = 2**25, 16  # bytes of an array that are read at a time, or this s
 
 
 def cut(x: jax.Array | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
-    """How an array is cut into chunks. Orbax makes them of equal size; where the lengths of the array have few divisors,
-    larger ones are allowed until they are not tiny.
+    """How an array is cut into chunks. Orbax makes them of equal size; where the lengths of the array have few
+    divisors, larger ones are allowed until they are not tiny.
     """
     part = x.sharding.shard_shape(x.shape)
     whole, held, row = (math.prod(lengths) * x.dtype.itemsize for lengths in (x.shape, part, part[1:]))
@@ -77,10 +77,10 @@ async def _filled(info: Any, arg: Any) -> jax.Array:
     """A large array, read into its place on this host's devices."""
     shape, sharding = arg.global_shape, arg.sharding
     spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
-    store = await ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context)
+    store: Any = await ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context)
     if store.shape != shape:
         raise ValueError(f"{info.name} is of shape {store.shape}, and {shape} was asked for")
-    parts, places = {}, {}
+    parts, places = {}, {}  # by device: what it holds, and from where to where in the array that is
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         parts[device] = jnp.zeros(sharding.shard_shape(shape), arg.dtype, device=device)
         places[device] = np.array([axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]).T
@@ -92,9 +92,9 @@ async def _filled(info: Any, arg: Any) -> jax.Array:
         read, corner, wanted = reads.popleft()
         block = await read
         for device, (low, high) in wanted.items():
+            piece, at = block[_slices(low - corner, high - corner)], low - places[device][0]
             with jax.set_mesh(Mesh([device], "x")):  # not the caller's, which is of all devices
-                parts[device] = _put(parts[device], block[_slices(low - corner, high - corner)], low - places[device][0])
-            parts[device].block_until_ready()
+                parts[device] = _put(parts[device], piece, at).block_until_ready()
 
     for corner in map(np.array, itertools.product(*map(range, [0] * len(shape), shape, chunk))):
         end = np.minimum(corner + chunk, shape)

@@ -16,7 +16,9 @@ VARIANTS = {"saves": ["never", "every 10"], "memory": ["params", "params and ada
 
 
 def saves(a: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """Percentiles of 60 step times of a GPT-2 of this shape, the call that saves included, and after it the wait."""
+    """Percentiles of 60 step times of a GPT-2 of this shape, the call that saves included, and the CPU time of all
+    threads over these steps until all is written.
+    """
     import jax
     import numpy as np
 
@@ -36,6 +38,9 @@ def saves(a: argparse.Namespace, variant: str) -> dict[str, Any]:
         ids = np.random.default_rng(0).integers(0, a.vocab, (2, a.batch, a.context), dtype=np.int32)
         batch = dict(tokens=ids[0], labels=ids[1], weights=np.ones(ids[0].shape, np.float32))
         for i in range(-10, 60):  # the first ten compile, and the first save, too
+            if i == 0:
+                checkpoints.wait()
+                used = time.process_time()
             start = time.perf_counter()
             state, _ = jax.block_until_ready(parts.update(state, axes.put(batch, a.batch, mesh)))
             stepped = time.perf_counter()
@@ -43,23 +48,32 @@ def saves(a: argparse.Namespace, variant: str) -> dict[str, Any]:
                 checkpoints.save(i + 10, state)
                 calls += [time.perf_counter() - stepped]
             times += [time.perf_counter() - start]
-            if i == -1:
-                checkpoints.wait()
+        checkpoints.wait()
+        used = time.process_time() - used
         size = sum(x.nbytes for x in jax.tree.leaves(state))
     p50, p95, most = (round(1e3 * float(np.percentile(times[10:], p)), 1) for p in (50, 95, 100))
     called = round(1e3 * statistics.median(calls[1:]), 1) if calls[1:] else 0.0
-    return dict(saves=variant, state_mb=round(size / 1e6), p50_ms=p50, p95_ms=p95, max_ms=most, save_call_ms=called)
+    return dict(
+        saves=variant, state_mb=round(size / 1e6), p50_ms=p50, p95_ms=p95, max_ms=most, save_call_ms=called,
+        cpu_ms_a_step=round(1e3 * used / 60, 1),
+    )  # fmt: skip
 
 
 def memory(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     """The most memory that saving and restoring take, over the size of what is saved, which is held meanwhile: by the
     process that saves from the beginning, by the one that restores at the end. Each is a process of its own.
     """
-    shape = dict(layers=a.layers, width=a.width, vocab=a.vocab, context=a.context, copies=3 if "adamw" in variant else 1)
+    shape = dict(layers=a.layers, width=a.width, vocab=a.vocab, context=a.context)
+    found: dict[str, Any] = dict(state=variant, **shape)
     with tempfile.TemporaryDirectory() as folder:
-        found = dict(state=variant, layers=a.layers, width=a.width, vocab=a.vocab)
         for what in ("save", "restore"):
-            asked = [sys.executable, __file__, what, folder, json.dumps(shape)]
+            asked = [
+                sys.executable,
+                __file__,
+                what,
+                folder,
+                json.dumps(shape | dict(copies=3 if "adamw" in variant else 1)),
+            ]
             environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
             done = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             found |= json.loads(done.stdout.splitlines()[-1])

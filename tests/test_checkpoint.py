@@ -176,7 +176,8 @@ def test_checkpoints_of_the_form_before_are_read(tmp_path, large, request):
 
 
 @pytest.mark.parametrize(
-    "shape, most", [((48, 1600), 1), ((48, 1600, 6400), 200), ((50257, 1600), 40), ((30522, 1024), 20), ((32003, 4096), 1)]
+    "shape, most",
+    [((48, 1600), 1), ((48, 1600, 6400), 200), ((50257, 1600), 40), ((30522, 1024), 20), ((32003, 4096), 1)],
 )
 def test_an_array_is_cut_into_chunks_that_are_neither_many_nor_tiny(shape, most):
     at = jax.sharding.SingleDeviceSharding(jax.devices()[0])
