@@ -13,6 +13,7 @@ import collections
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,12 +22,12 @@ from jax.sharding import Mesh
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.arrays import subchunking
-from orbax.checkpoint._src.serialization import limits
+from orbax.checkpoint._src.serialization import limits, serialization
 import tensorstore as ts
 
 CHUNK, CHUNKS = 2**24, 1024  # bytes of a chunk: more where an array would be more chunks than this
 ROW = 2**20  # bytes of x[0], such as a layer, from which on no chunk is of several
-AHEAD, SHARE = 2**25, 16  # bytes of an array that are read at a time, or this share of it
+AHEAD, SHARE = 2**25, 16  # bytes that are under way at a time, or this share of what a host writes, or of an array read
 
 
 def cut(x: jax.Array | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
@@ -46,6 +47,7 @@ def cut(x: jax.Array | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """What writes trees of arrays, and reads them, those that other handlers of Orbax wrote, too."""
+    serialization.async_serialize_from_host = _write
     kind = Arrays(min_slice_bytes_for_replica_parallel=CHUNK)
     return ocp.PyTreeCheckpointHandler(
         use_ocdbt=False, use_compression=False, restore_concurrent_gb=AHEAD / 10**9,  # type: ignore
@@ -57,11 +59,13 @@ class Arrays(ocp.type_handlers.ArrayHandler):
     """Orbax's handler of arrays, with bounds."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
-        """Write arrays, no more at a time than the largest has bytes; one thread copies, as the next steps run."""
-        most = max(sum(shard.data.nbytes for shard in x.addressable_shards) for x in values)
+        """Write arrays, a share of all at a time and by few threads, since the next steps run meanwhile."""
+        held = sum(shard.data.nbytes for x in values for shard in x.addressable_shards)
         bounds = dict(
-            byte_limiter=limits.LimitInFlightBytes(most + AHEAD),
-            ts_context=ocp.type_handlers.get_ts_context(use_ocdbt=False, data_copy_concurrency_limit=1),
+            byte_limiter=limits.LimitInFlightBytes(max(AHEAD, held // SHARE) + 1),
+            ts_context=ocp.type_handlers.get_ts_context(
+                use_ocdbt=False, file_io_concurrency_limit=4, data_copy_concurrency_limit=1
+            ),
         )
         return await super().serialize(values, [info.replace(**bounds) for info in infos], args)
 
@@ -71,6 +75,35 @@ class Arrays(ocp.type_handlers.ArrayHandler):
         read = await super().deserialize([infos[i] for i in small], [args[i] for i in small]) if small else []
         found = dict(zip(small, read, strict=True))
         return [found[i] if i in found else await _filled(infos[i], args[i]) for i in range(len(infos))]
+
+
+_write_whole = serialization.async_serialize_from_host
+
+
+async def _write(held: Any, spec: Any, *, byte_limiter: Any = None, **how: Any) -> None:
+    """Orbax's function of this name, which has the whole of what a device holds of an array under way at a time, for
+    one row of chunks after the other, as many as its limit lets through; all of them where that is less than one.
+    """
+    rows = spec.get("base", spec)["metadata"]["chunks"][:1]
+    pieces = [piece for fragment in held.to_fragments().fragments for piece in _rows(fragment, *rows)]
+    if max((piece.value.nbytes for piece in pieces), default=0) >= getattr(byte_limiter, "max_bytes", 0):
+        byte_limiter = None
+    in_pieces = SimpleNamespace(is_on_host=True, to_fragments=lambda: SimpleNamespace(fragments=pieces))
+    await _write_whole(in_pieces, spec, byte_limiter=byte_limiter, **how)  # type: ignore
+
+
+def _rows(fragment: Any, count: int = 0) -> list[Any]:
+    """A part of an array in pieces of `count` rows."""
+    if not count:
+        return [fragment]
+    first, *others = fragment.index
+    return [
+        SimpleNamespace(
+            index=(slice(first.start + i, min(first.start + i + count, first.stop)), *others),
+            value=fragment.value[i : i + count],
+        )
+        for i in range(0, len(fragment.value), count)
+    ]
 
 
 async def _filled(info: Any, arg: Any) -> jax.Array:
