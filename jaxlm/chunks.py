@@ -47,7 +47,7 @@ def cut(x: jax.Array | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """What writes trees of arrays, and reads them, those that other handlers of Orbax wrote, too."""
-    serialization.async_serialize_from_host = _write
+    serialization.async_serialize_from_host = _write  # Orbax has no option for it
     kind = Arrays(min_slice_bytes_for_replica_parallel=CHUNK)
     return ocp.PyTreeCheckpointHandler(
         use_ocdbt=False, use_compression=False, restore_concurrent_gb=AHEAD / 10**9,  # type: ignore
@@ -81,8 +81,8 @@ _write_whole = serialization.async_serialize_from_host
 
 
 async def _write(held: Any, spec: Any, *, byte_limiter: Any = None, **how: Any) -> None:
-    """Orbax's function of this name, which has the whole of what a device holds of an array under way at a time, for
-    one row of chunks after the other, as many as its limit lets through; all of them where that is less than one.
+    """In the place of Orbax's `async_serialize_from_host`, whose limit lets through all that a device holds of an array
+    or nothing: the same for each row of chunks, without a limit where it is less than one of them.
     """
     rows = spec.get("base", spec)["metadata"]["chunks"][:1]
     pieces = [piece for fragment in held.to_fragments().fragments for piece in _rows(fragment, *rows)]
