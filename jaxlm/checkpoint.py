@@ -21,13 +21,12 @@ from jax.sharding import Mesh
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jaxlm import axes, lookup, s3
+from jaxlm import axes, chunks, lookup, s3
 from jaxlm.lookup import Mistake
 from jaxlm.paths import absolute, move
 
 log = logging.getLogger("jaxlm")
 AT_ONCE = 2**20  # elements of an array that a checksum looks at together
-CHUNK = 8 * 10**6  # bytes of an array that are compressed at a time, where memory is short
 
 
 def _sum_bits(x: jax.Array, layer: jax.Array | int = 0) -> jax.Array:
@@ -70,16 +69,9 @@ def _sum_rows(x: jax.Array) -> jax.Array:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Use as a context: leaving it waits for the save under way.
+    """The checkpoints of one workdir. Use as a context: leaving it waits for the save under way."""
 
-    `in_flight` bounds the bytes of parameters that are being written at a time, in small chunks: those of the largest
-    array, or more.
-    """
-
-    def __init__(
-        self, workdir: str, *, newest: int = 2, best: int = 1, metric: str = "loss", mode: str = "min",
-        in_flight: int | None = None,
-    ):  # fmt: skip
+    def __init__(self, workdir: str, *, newest: int = 2, best: int = 1, metric: str = "loss", mode: str = "min"):
         lookup.within("config.checkpoint.", 1, newest=newest)
         lookup.within("config.checkpoint.", 0, best=best)
         lookup.key("config.checkpoint.mode", mode, dict(min=min, max=max))
@@ -94,12 +86,9 @@ class Checkpoints:
                     get_metric_fn=self._score, reverse=mode == "min", n=best, keep_checkpoints_without_metrics=False
                 )
             )
-        self._chunk = ocp.SaveArgs(chunk_byte_size=CHUNK if in_flight else None)
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        if in_flight:
-            handler: Any = ocp.StandardCheckpointHandler(save_concurrent_gb=(in_flight + 1) / 10**9, use_ocdbt=False)  # type: ignore
-            for kind in (ocp.args.StandardSave, ocp.args.StandardRestore):
-                registry.add("params", kind, handler)
+        registry, trees = ocp.handlers.DefaultCheckpointHandlerRegistry(), chunks.handler()
+        for kind in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+            registry.add(None, kind, trees)
         if str(workdir).startswith("s3://"):
             s3.teach()
         self._manager = ocp.CheckpointManager(
@@ -131,8 +120,7 @@ class Checkpoints:
         """
         self._manager.check_for_errors()
         parts = {
-            name: ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: self._chunk, tree))
-            for name, tree in state.items()
+            name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(chunks.cut, tree)) for name, tree in state.items()
         }
         items = ocp.args.Composite(**parts, seal=ocp.args.JsonSave(seal(state)))
         self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None, force=True)
@@ -174,7 +162,10 @@ class Checkpoints:
             self._manager.reload()
 
     def _read(self, step: int, shapes: Mapping[str, Any]) -> Any:
-        parts = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        parts = {
+            name: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+            for name, tree in shapes.items()
+        }
         found = self._manager.restore(step, args=ocp.args.Composite(**parts, seal=ocp.args.JsonRestore()))
         state = {name: found[name] for name in shapes}
         differs = [path for path, value in seal(state).items() if found["seal"].get(path) != value]

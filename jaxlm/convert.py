@@ -62,8 +62,7 @@ def to_workdir(folder: epath.PathLike, destination: epath.PathLike) -> None:
         configs.write(dict(model=section, dtype="auto", ends=ends, forced=forced), str(half))
         tokenizer.save(half / "tokenizer")
         params = hf.restore(folder, form, blueprint.shapes, mesh=_mesh())
-        largest = max(x.nbytes for x in jax.tree.leaves(params))
-        with checkpoint.Checkpoints(str(half), in_flight=largest) as checkpoints:
+        with checkpoint.Checkpoints(str(half)) as checkpoints:
             checkpoints.save(0, dict(params=params))
     print(f"{destination}: {blueprint.name}, {blueprint.size:,} parameters, as step 0")
 

@@ -9,6 +9,7 @@
     scripts/bench.py start  --json                                      to the first step of a run, first and later
     scripts/bench.py costs  --json [--variant=context]                  how a step grows with each size, with exponents
     scripts/bench.py saves  --json [--layers=6 --width=384 ...]         step times with saves and without
+    scripts/bench.py memory --json [--layers=48 --width=1600 ...]       what saving and restoring take of it
     scripts/bench.py loader --json [--context=2048 --batch=8]           from a token store to batches, every objective
     scripts/bench.py prepare --json [--megabytes=200]                   clean + dedup + tokenize; tokenizers alone
 
@@ -34,6 +35,7 @@ from typing import Any
 
 import bench_costs
 import bench_data
+import bench_saves
 import bench_start
 
 from jaxlm import lookup, program
@@ -44,6 +46,7 @@ DEFAULTS = dict(
 SMALL = dict(layers=6, heads=6, width=384, context=256)
 LOADER = dict(context=2048, batch=8, vocab=32_000)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
+XL = dict(layers=48, heads=25, width=1600, context=1024, vocab=50257)
 
 
 def gpt2(a: argparse.Namespace) -> dict[str, Any]:
@@ -122,44 +125,6 @@ def continuation(model: dict[str, Any], a: argparse.Namespace, dtype: str) -> di
     median = statistics.median(times[1:])
     rate = round(a.batch * a.new / median, 1)
     return dict(dtype=dtype, batch=a.batch, new_tokens_per_s=rate, first_call_s=round(times[0], 2))
-
-
-def saves(a: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """Percentiles of 60 step times of a GPT-2 of this shape, the call that saves included, and after it the wait."""
-    import tempfile
-
-    import jax
-    import numpy as np
-
-    from jaxlm import axes, step
-    from jaxlm.checkpoint import Checkpoints
-    from jaxlm.data.words import Words
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    mesh, times, calls = axes.mesh(devices=jax.devices()[:1]), [], []
-    with axes.on(mesh), tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
-        parts = step.assemble(
-            model=dict(name="gpt2", layers=a.layers, heads=a.heads, width=a.width, context=a.context),
-            optimizer=dict(name="adamw", lr=1e-3), steps=1000, length=a.context, words=Words.of_size(a.vocab),
-            mesh=mesh, rules=axes.RULES, dtype="float32",
-        )  # fmt: skip
-        state = jax.jit(functools.partial(step.init, parts.tx, ema=0.0))(parts.blueprint.init(0))
-        ids = np.random.default_rng(0).integers(0, a.vocab, (2, a.batch, a.context), dtype=np.int32)
-        batch = dict(tokens=ids[0], labels=ids[1], weights=np.ones(ids[0].shape, np.float32))
-        for i in range(-10, 60):  # the first ten compile, and the first save, too
-            start = time.perf_counter()
-            state, _ = jax.block_until_ready(parts.update(state, axes.put(batch, a.batch, mesh)))
-            stepped = time.perf_counter()
-            if i == -5 or (variant == "every 10" and i >= 0 and i % 10 == 0):
-                checkpoints.save(i + 10, state)
-                calls += [time.perf_counter() - stepped]
-            times += [time.perf_counter() - start]
-            if i == -1:
-                checkpoints.wait()
-        size = sum(x.nbytes for x in jax.tree.leaves(state))
-    p50, p95, most = (round(1e3 * float(np.percentile(times[10:], p)), 1) for p in (50, 95, 100))
-    called = round(1e3 * statistics.median(calls[1:]), 1) if calls[1:] else 0.0
-    return dict(saves=variant, state_mb=round(size / 1e6), p50_ms=p50, p95_ms=p95, max_ms=most, save_call_ms=called)
 
 
 def loss(a: argparse.Namespace, variant: str) -> dict[str, Any]:
@@ -251,16 +216,17 @@ def depth(a: argparse.Namespace, variant: str) -> dict[str, Any]:
 
 
 VARIANTS = {
-    "saves": ["never", "every 10"],
     "loss": ["1024", "auto"],
     "depth": [f"{how}:{layers}" for layers in (4, 12, 48) for how in ("scan", "loop")],
     "costs": [*bench_costs.SIZES],
     "start": bench_start.VARIANTS,
     **bench_data.VARIANTS,
+    **bench_saves.VARIANTS,
 }
 WHAT = dict(
-    train=train, decode=decode, saves=saves, loss=loss, families=families, depth=depth,
+    train=train, decode=decode, loss=loss, families=families, depth=depth,
     costs=bench_costs.costs, start=bench_start.start, loader=bench_data.loader, prepare=bench_data.prepare,
+    saves=bench_saves.saves, memory=bench_saves.memory,
 )  # fmt: skip
 
 
@@ -311,7 +277,10 @@ def main() -> None:
     parser.add_argument("--peer", default="")
     parser.add_argument("--peer-flags", default="--dtype=float32")
     a = parser.parse_args()
-    defaults = {**DEFAULTS, **{"decode": GPT2, "families": SMALL, "saves": SMALL, "loader": LOADER}.get(a.what, {})}
+    defaults = {
+        **DEFAULTS,
+        **{"decode": GPT2, "families": SMALL, "saves": SMALL, "loader": LOADER, "memory": XL}.get(a.what, {}),
+    }
     for name, value in defaults.items():
         if getattr(a, name) is None:
             setattr(a, name, value)

@@ -1,14 +1,17 @@
 """Checkpoints: the newest and the best are kept, damage of any kind is found out, a full disk loses nothing."""
 
+import math
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.arrays import subchunking
 import pytest
 
-from jaxlm import axes, checkpoint
+from jaxlm import axes, checkpoint, chunks
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.lookup import Mistake
 
@@ -119,6 +122,69 @@ def test_a_checkpoint_of_one_device_is_read_on_eight(saved):
         _, found = checkpoints.restore(placed)
     assert found["params"]["up_DF"].sharding == placed["params"]["up_DF"].sharding
     jax.tree.map(np.testing.assert_array_equal, found, state(3))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """The arrays of these tests are large ones, of many chunks."""
+    for name in ("CHUNK", "AHEAD"):
+        monkeypatch.setattr(chunks, name, 64)
+
+
+@pytest.mark.parametrize("before, after", [((1, 1, 1), (2, 2, 2)), ((2, 2, 2), (1, 8, 1)), ((1, 8, 1), (1, 1, 1))])
+def test_an_array_of_many_chunks_goes_from_any_mesh_to_any(tmp_path, small_chunks, before, after):
+    def placed(sizes):
+        mesh = axes.mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)), devices=jax.devices()[: math.prod(sizes)])
+        return mesh, axes.shardings(SHAPES, mesh)
+
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, jax.device_put(state(1), placed(before)[1]))
+    assert len(files(tmp_path / "checkpoints" / "1" / "params" / "up_DF")) > 30
+    mesh, places = placed(after)
+    asked = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), SHAPES, places)
+    with axes.on(mesh), Checkpoints(str(tmp_path)) as checkpoints:
+        _, found = checkpoints.restore(asked)
+    assert jax.tree.map(lambda x: x.sharding, found) == places
+    jax.tree.map(np.testing.assert_array_equal, found, state(1))
+
+
+@pytest.mark.parametrize("damage", [change_a_byte, remove_a_file, cut_a_file_short])
+def test_damage_to_one_of_many_chunks_is_found_out(tmp_path, small_chunks, damage):
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, state(1))
+        checkpoints.save(2, state(2))
+    damage(tmp_path / "checkpoints" / "2" / "params" / "up_DF")
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        assert checkpoints.restore(shapes())[0] == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_checkpoints_of_the_form_before_are_read(tmp_path, large, request):
+    if large:
+        request.getfixturevalue("small_chunks")
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        parts = {name: ocp.args.StandardSave(tree) for name, tree in state(3).items()}
+        manager.save(3, args=ocp.args.Composite(**parts, seal=ocp.args.JsonSave(checkpoint.seal(state(3)))))
+    assert (tmp_path / "checkpoints" / "3" / "params" / "manifest.ocdbt").exists()
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        step, found = checkpoints.restore(shapes())
+        assert step == 3
+        jax.tree.map(np.testing.assert_array_equal, found, state(3))
+        checkpoints.save(4, state(4))
+        checkpoints.wait()
+        assert checkpoints.restore(shapes())[0] == 4
+
+
+@pytest.mark.parametrize(
+    "shape, most",
+    [((48, 1600), 1), ((48, 1600, 6400), 200), ((50257, 1600), 40), ((30522, 1024), 20), ((32003, 4096), 1)],
+)
+def test_an_array_is_cut_into_chunks_that_are_neither_many_nor_tiny(shape, most):
+    at = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at)
+    how = chunks.cut(x)
+    chunk = subchunking.choose_chunk_shape(shape, shape, x.dtype, how.chunk_byte_size, shard_axes=how.shard_axes)
+    assert math.prod(shape) // math.prod(chunk) <= most
 
 
 def test_a_seal_is_the_same_on_every_mesh_and_sees_every_bit():
