@@ -4,9 +4,9 @@
     sum(op.times * op.cycles for op in operations)          a TPU's compiler writes down what it expects of each
 
 A loop's body is counted as often as the loop runs. Of a choice the dearest branch counts; in a scope `seen_0.6`, as in
-`nn/context.py`, six times in ten. What is fused into one
-operation is one, but for collectives, which are listed wherever they are. What is sent to other slices through the host
-is a collective, too, and begun: the program of one slice does it by `send`.
+`nn/context.py`, six times in ten; in a scope `wanted`, as in `decode/sampling.py`, unless told that nobody asks for it.
+What is fused into one operation is one, but for collectives, which are listed wherever they are. What is sent to other
+slices through the host is a collective, too, and begun: the program of one slice does it by `send`.
 """
 
 from collections.abc import Iterator
@@ -64,9 +64,10 @@ def _bytes(size: tuple[str, tuple[int, ...]]) -> int:
     return int(math.prod(shape) * width)
 
 
-def read(text: str, unknown: int = 1) -> list[Operation]:
+def read(text: str, unknown: int = 1, wanted: bool = True) -> list[Operation]:
     """The operations that a step runs. Those without a cost (parameters, tuples, bitcasts) are left out. A loop whose
-    bound is not written down, as an argument's is not, counts `unknown` times.
+    bound is not written down, as an argument's is not, counts `unknown` times; what stands in a scope `wanted` only if
+    that is so.
     """
     computations, entry = _computations(text)
     places, devices = _Places(text), int((re.search(r"\bnum_partitions=(\d+)", text) or ["", "1"])[1])
@@ -86,6 +87,8 @@ def read(text: str, unknown: int = 1) -> list[Operation]:
                 yield from walk(called("body")[0], times * _trips(computations, called("condition")[0], line, unknown))
                 continue
             if kind == "conditional":
+                if not wanted and re.search(r'op_name="[^"]*\bwanted/', rest):
+                    continue
                 branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
                 names = re.findall(r"[\w.-]+", branches[1]) if branches else called(r"(?:true|false)_computation")
                 yield from walk(max(names, key=weight), times * seen(rest))
@@ -178,7 +181,7 @@ def _trips(computations: dict[str, list[str]], condition: str, loop: str, unknow
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
     if known:
         return int(known[1])
-    bounds = [re.search(r" s32\[\]\S* constant\((\d+)\)", line) for line in computations.get(condition, ())]
+    bounds = [re.search(r" [su]32\[\]\S* constant\((\d+)\)", line) for line in computations.get(condition, ())]
     return next((int(bound[1]) for bound in bounds if bound), unknown)
 
 

@@ -1,5 +1,7 @@
 """What a compiled program is read to hold."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -79,11 +81,23 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_a_choice_the_dearest(operation
     assert costs == {"product": 32_000, "d": 70}
 
 
+def test_a_loop_may_count_without_a_sign():
+    """As products do whose parts are sent around meanwhile."""
+    text = re.sub(r"s32(\[\]\S* constant\(32\))", r"u32\1", TEXT)
+    assert text != TEXT and next(op.times for op in hlo.read(text) if op.name == "product") == 32
+
+
 def test_a_choice_counts_as_often_as_its_scope_says():
     """A ring leaves out the blocks of keys that nobody sees, by a choice in each."""
     text = TEXT.replace("{%cheap, %dear}", '{%cheap, %dear}, metadata={op_name="jit(step)/seen_0.6000/cond"}')
     dear = next(op for op in hlo.read(text) if op.name == "d")
     assert dear.times * dear.cycles == pytest.approx(0.6 * 70)
+
+
+def test_a_choice_that_few_ask_for_counts_only_where_it_is_wanted():
+    text = TEXT.replace("{%cheap, %dear}", '{%cheap, %dear}, metadata={op_name="jit(step)/wanted/cond"}')
+    counted = [{op.name for op in hlo.read(text, wanted=wanted)} for wanted in (False, True)]
+    assert counted[1] - counted[0] == {"d"}
 
 
 def test_collectives_are_found_within_fusions_with_their_group_and_what_they_send(operations):

@@ -8,6 +8,8 @@
     jaxlm plan --config=configs/tpu/published.py:bert-large --topology=v5e:4x4
     jaxlm plan --config=configs/tpu/published.py:t5-xxl --topology=v5p:4x4x4
     jaxlm plan --config=configs/tpu/published.py:llama3.2-1b --topology=v5e:4x4 --search
+    jaxlm plan --config=configs/tpu/published.py:gpt2-xl --topology=v5e:2x4 --mode=serve --rows=32 \\
+               --config.mesh.fsdp=1 --config.mesh.data=8
 
 What the plans say is in the README. To train one, name your own text under config.prepare.sources.
 """
@@ -20,6 +22,7 @@ RUNS = {  # the model, tokens of its vocabulary, objective, length, rows in all 
     "llama3.1-405b": (dict(name="llama", size="llama3.1-405b"), 128_256, "clm", 8192, 512, dict(fsdp=64, tensor=8)),
     "llama3.2-1b": (dict(name="llama", size="llama3.2-1b"), 128_256, "clm", 4096, 4 * 16, dict(fsdp=16)),
     "llama2-70b": (dict(name="llama", size="llama2-70b"), 32_000, "clm", 4096, 4 * 256, dict(fsdp=256)),
+    "gpt2-xl": (dict(name="gpt2", size="gpt2-xl"), 50_257, "clm", 1024, 512, dict(fsdp=8)),
     "gpt3-175b": (dict(name="gpt2", size="gpt3-175b"), 50_304, "clm", 2048, 2 * 512, dict(fsdp=512)),
     "mixtral-8x7b": (dict(name="mixtral", size="8x7b"), 32_000, "clm", 4096, 4 * 64, dict(fsdp=64)),
     "bert-large": (dict(name="bert", size="bert-large"), 30_522, "mlm", 512, 32 * 16, dict(fsdp=16)),

@@ -79,12 +79,17 @@ class Engine:
 
     def __init__(self, blueprint: Blueprint, params: Tree, vocab: int | None = None, both_ways: bool = False):
         self.both_ways = both_ways
-        self.blueprint, self.params, self.vocab = blueprint, settle(params), vocab or blueprint.config.vocab
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
+        self.blueprint, self.vocab = blueprint, vocab or blueprint.config.vocab
+        self.params = settle(self.held(params))
         self._laid: tuple[bool, Tree] | None = None
         self.traces = dict(prefill=0, decode=0)
         self.prefill = jax.jit(self._prefill, static_argnames="slots")
         self.decode = jax.jit(self._decode, donate_argnames="state")
+
+    def held(self, params: Tree) -> Tree:
+        """The parameters as the engine keeps them: off the CPU, in the dtype that products read them in."""
+        return params if self.in_a_row else weights.rounded(params, self.blueprint.config.dtype)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], how: Sampling, *, max_new_tokens: int, copies: int = 1,

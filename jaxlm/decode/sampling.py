@@ -165,4 +165,5 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, how: Sampling) -> jax.Array:
 
 def _when(wanted: jax.Array, change: Any, x: jax.Array) -> jax.Array:
     """`change(x)`, computed only where it is wanted."""
-    return jax.lax.cond(wanted, change, lambda x: x, x)
+    with jax.named_scope("wanted"):  # `jaxlm plan` reads it
+        return jax.lax.cond(wanted, change, lambda x: x, x)

@@ -1,10 +1,12 @@
-"""How a CPU holds a model's weights while it reads few tokens at a time: the time of a token is that of reading them.
+"""How a model's weights are held while it reads few tokens at a time: the time of a token is that of reading them.
 
-    laid = lay(params, dtype)      blocks["mlp"]["up_DF"]: [L, D, F] -> L matrices [F, D]
+    rounded(params, dtype)         a TPU or GPU: the same, but all that products read in their dtype
+    laid = lay(params, dtype)      a CPU: blocks["mlp"]["up_DF"]: [L, D, F] -> L matrices [F, D]
 
-A scan copies each layer's weight out of the stack before it uses it, which triples the time of a token. And a product
-with one row reads a matrix a third faster along what it contracts: a token of GPT-2 124M, a sixth. In the dtype that
-products are computed in, bfloat16 is half as much to read; for a single row `Paired` reads it as fast as memory can.
+On a CPU a scan copies each layer's weight out of the stack before it uses it, which triples the time of a token. And a
+product with one row reads a matrix a third faster along what it contracts: a token of GPT-2 124M, a sixth. In the dtype
+that products are computed in, bfloat16 is half as much to read; for a single row `Paired` reads it as fast as memory
+can.
 """
 
 import math
@@ -17,6 +19,19 @@ import numpy as np
 from jaxlm import axes
 from jaxlm.models import Tree
 from jaxlm.nn.linear import PAIRS, Paired, Turned
+
+
+def rounded(params: Tree, dtype: Any) -> Tree:
+    """The parameters with weights and tables of rows in `dtype`, as every product rounds them anyway; routers, norms,
+    biases and what distances add to scores stay as they are.
+    """
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        letters = axes.of(axes.name_of(path)) or "_"
+        ends = letters[0] + letters[-1]
+        return x.astype(dtype) if axes.is_matrix(path) and (ends[0] == "E" or ("D" in ends and ends[1] != "E")) else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def lay(params: Tree, dtype: Any, *, single: bool = False) -> Tree:

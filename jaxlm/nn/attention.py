@@ -36,7 +36,7 @@ def xla(
     """Softmax(q k / sqrt(H)) v with the scores in memory (arXiv:1706.03762, eq. 1), but for blocks that nobody sees."""
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     spans = _spans(mask, T, S)
-    if cap is not None or bias is not None:
+    if cap is not None or bias is not None or (T == 1 and axes.platform() != "cpu"):
         blocks = [
             _block(q_BNTH[:, :, first:last], k_BKSH[:, :, low:high], v_BKSH[:, :, low:high], mask, cap, bias,
                    jnp.arange(first, last), jnp.arange(low, high))
@@ -54,16 +54,24 @@ def _block(q, k, v, mask: Mask, cap: float | None, bias: Bias | None, queries: j
     """Attention of the queries in these slots over the keys in those, to be differentiated by JAX."""
     B, N, t, H = q.shape
     K, s = k.shape[1:3]
-    score = jnp.einsum(
-        "bkth,bksh->bkts", (q * H**-0.5).reshape(B, K, -1, H), k, preferred_element_type=jnp.float32
-    ).reshape(B, N, t, s)
+    rows = t * N // K
+    score = jnp.einsum("bkth,bksh->bkts", _several((q * H**-0.5).reshape(B, K, rows, H)), k,
+                       preferred_element_type=jnp.float32)[:, :, :rows].reshape(B, N, t, s)  # fmt: skip
     if cap is not None:
         score = cap * jnp.tanh(score / cap)
     if bias is not None:
         score = score + bias(ahead(mask, queries, keys))
     score = score + jnp.where(visible(mask, queries, keys), 0.0, HIDDEN)[:, None]
-    prob = jax.nn.softmax(score, axis=-1).astype(v.dtype).reshape(B, K, -1, s)
-    return jnp.einsum("bkts,bksh->bkth", prob, v).reshape(B, N, t, H)
+    prob = jax.nn.softmax(score, axis=-1).astype(v.dtype).reshape(B, K, rows, s)
+    return jnp.einsum("bkts,bksh->bkth", _several(prob), v)[:, :, :rows].reshape(B, N, t, H)
+
+
+def _several(x_BKTH: jax.Array) -> jax.Array:
+    """The rows of x, and behind one that is alone zeros that make it 8, as a TPU has rows together: its compiler makes
+    a slow sum of a product with one row.
+    """
+    alone = axes.platform() == "tpu" and x_BKTH.shape[2] == 1
+    return jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, 7), (0, 0))) if alone else x_BKTH
 
 
 Spans = tuple[tuple[int, int, int, int], ...]
@@ -124,14 +132,17 @@ _attend_in_spans.defvjp(_attend_forward, _attend_backward)
 
 
 def _rows(x: jax.Array, k: jax.Array, first: int, last: int) -> jax.Array:
-    """Tokens first..last of [B, N, T, H] as one batch: [B K, G x tokens, H], heads that share keys together."""
+    """Tokens first..last of [B, N, T, H] as one batch: [B K, G x tokens, H], heads that share keys together. Where
+    devices have heads of their own [B, K, ..], since that one axis could not be split so.
+    """
     B, K = k.shape[:2]
-    return x[:, :, first:last].reshape(B * K, x.shape[1] // K * (last - first), x.shape[-1])
+    lead = (B, K) if axes.splitting("K", "BKSH", k.shape) else (B * K,)
+    return x[:, :, first:last].reshape(*lead, x.shape[1] // K * (last - first), x.shape[-1])
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     left, right, out = spec.replace(",", "->").split("->")
-    return jnp.einsum(f"b{left},b{right}->b{out}", a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(f"...{left},...{right}->...{out}", a, b, preferred_element_type=jnp.float32)
 
 
 def chunked(
@@ -251,8 +262,7 @@ class Attention(nnx.Module):
             q_BNTH, k_BKTH = positions.rotate(q_BNTH, angles), positions.rotate(k_BKTH, angles)
         k_BKSH, v_BKSH = (axes.constrain(x, "BKTH", N=q_BNTH.shape[1]) for x in (k_BKTH, v_BKTH))
         if cache is not None and layer is not None:
-            cache = cache.write(layer, k_BKTH, v_BKTH)
-            k_BKSH, v_BKSH = cache.read(layer)
+            cache, k_BKSH, v_BKSH = cache.extend(layer, k_BKTH, v_BKTH)
             mask = dataclasses.replace(mask, offset_B=cache.lengths_B, prefix_BT=_padded(mask.prefix_BT, k_BKSH))
         return self._out(x_BTD, q_BNTH, k_BKSH, v_BKSH, mask, bias), cache
 

@@ -7,6 +7,9 @@ padding.
     k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that
               stand in a row: a layer is then read where it lies, while a scan copies it out
 
+In a stack, a single token of each row waits in k_LBKH until all layers have read it, and is then put behind the rows of
+all layers at once: layers only read k_LBKSH, which a TPU lays out as their products like it, and no write turns it.
+
 A recurrent layer keeps its state after every token, though it reads the last one alone: a row is then set back to a
 token by its length, as all rows are.
 """
@@ -18,6 +21,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxlm import axes
 from jaxlm.axes import shaped
@@ -37,6 +41,8 @@ class Cache:
     # [inputs, S]. Rows that read the same input lie together, each input has as many.
     cross: tuple[jax.Array, jax.Array] | None = None
     real: jax.Array | None = None
+    k_LBKH: jax.Array | None = None  # of the token that the layers of a stack are reading; None where there is no stack
+    v_LBKH: jax.Array | None = None
 
     @classmethod
     def empty(
@@ -44,10 +50,11 @@ class Cache:
         values: bool = True,
     ) -> "Cache":  # fmt: skip
         """Room for `slots` tokens in each row, none taken; on a mesh, split by rows and heads."""
-        shape = (layers, batch, kv_heads, slots, head_width)
-        empty = lambda: axes.constrain(jnp.zeros(shape, dtype), "LBKSH")  # noqa: E731
-        k_LBKSH, v_LBKSH = empty(), empty() if values else None
-        return cls(k_LBKSH, v_LBKSH, jnp.zeros(batch, jnp.int32))
+        sizes = dict(L=layers, B=batch, K=kv_heads, S=slots, H=head_width)
+        empty = lambda letters: axes.constrain(jnp.zeros([sizes[x] for x in letters], dtype), letters)  # noqa: E731
+        k_LBKSH, v_LBKSH = empty("LBKSH"), empty("LBKSH") if values else None
+        k_LBKH, v_LBKH = empty("LBKH"), empty("LBKH") if values else None
+        return cls(k_LBKSH, v_LBKSH, jnp.zeros(batch, jnp.int32), k_LBKH=k_LBKH, v_LBKH=v_LBKH)
 
     @shaped
     def remember(self, blocks: Any, memory_BSD: jax.Array, real_BS: jax.Array) -> "Cache":
@@ -68,23 +75,37 @@ class Cache:
         """Put T new tokens of one layer behind what each row holds; `grow` then counts them, once all layers have
         written.
         """
-
         B, K, T, H = k_BKTH.shape
-        row_B, slot_BT = jnp.arange(B), self.lengths_B[:, None] + jnp.arange(T)[None]
+
+        def keep(old_LBKH, new_BKTH):
+            new_BKH = new_BKTH[:, :, 0].astype(old_LBKH.dtype)
+            return jax.lax.dynamic_update_index_in_dim(old_LBKH, new_BKH, layer, 0)
 
         def put(old, new_BKTH):
-            new = new_BKTH.astype(jnp.result_type(*jax.tree.leaves(old)))
-            if isinstance(old, tuple):
-                row = jnp.arange(B * K)[:, None]
-                x = old[layer].at[row, jnp.repeat(slot_BT, K, axis=0)].set(new.reshape(B * K, T, H), mode="drop")
-                return (*old[:layer], x, *old[layer + 1 :])
-            if T == 1:
-                return old.at[layer, row_B, :, self.lengths_B].set(new[:, :, 0], mode="drop")
-            for b in range(B):  # many tokens of a row lie together, and are copied as one
-                old = jax.lax.dynamic_update_slice(old, new[None, b : b + 1], (layer, b, 0, self.lengths_B[b], 0))
-            return old
+            if not isinstance(old, tuple):
+                return _behind(old, new_BKTH[None], layer, self.lengths_B)
+            row, slot_BT = jnp.arange(B * K)[:, None], self.lengths_B[:, None] + jnp.arange(T)[None]
+            new = new_BKTH.astype(old[layer].dtype).reshape(B * K, T, H)
+            x = old[layer].at[row, jnp.repeat(slot_BT, K, axis=0)].set(new, mode="drop")
+            return (*old[:layer], x, *old[layer + 1 :])
 
+        if T == 1 and self.k_LBKH is not None:
+            k_LBKH, v_LBKH = _each(keep, (self.k_LBKH, k_BKTH), (self.v_LBKH, v_BKTH))
+            return dataclasses.replace(self, k_LBKH=k_LBKH, v_LBKH=v_LBKH)
         return self._with(_each(put, (self.k_LBKSH, k_BKTH), (self.v_LBKSH, v_BKTH)))
+
+    @shaped
+    def extend(
+        self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array | None
+    ) -> tuple["Cache", jax.Array, Any]:
+        """`write`, and that layer's keys and values [B, K, S, H] with the new ones behind the others."""
+        cache = self.write(layer, k_BKTH, v_BKTH)
+        k_BKSH, v_BKSH = cache.read(layer)
+        if k_BKTH.shape[2] == 1 and self.k_LBKH is not None:
+            here = (jnp.arange(self.slots)[None] == self.lengths_B[:, None])[:, None, :, None]
+            put = lambda x_BKSH, new_BKTH: jnp.where(here, new_BKTH.astype(x_BKSH.dtype), x_BKSH)  # noqa: E731
+            k_BKSH, v_BKSH = _each(put, (k_BKSH, k_BKTH), (v_BKSH, v_BKTH))
+        return cache, k_BKSH, v_BKSH
 
     def read(self, layer: jax.Array | int) -> tuple[jax.Array, Any]:
         """One layer's keys and values [B, K, S, H]."""
@@ -105,9 +126,13 @@ class Cache:
 
         return _each(pick, (self.k_LBKSH,), (self.v_LBKSH,))
 
-    def grow(self, tokens: int | jax.Array) -> "Cache":
-        """Count `tokens` more slots of each row as taken (a number, or one number per row)."""
-        return dataclasses.replace(self, lengths_B=self.lengths_B + tokens)
+    def grow(self, tokens: int) -> "Cache":
+        """Count the `tokens` that all layers have written as taken slots of each row."""
+        cache = self
+        if tokens == 1 and self.k_LBKH is not None:
+            put = lambda old, new_LBKH: _behind(old, new_LBKH[:, :, :, None], 0, self.lengths_B)  # noqa: E731
+            cache = self._with(_each(put, (self.k_LBKSH, self.k_LBKH), (self.v_LBKSH, self.v_LBKH)))
+        return dataclasses.replace(cache, lengths_B=self.lengths_B + tokens)
 
     def rows(self, index_B: jax.Array) -> "Cache":
         """The rows of the given numbers, which may repeat. What they read of an encoder stays: each input is to have as
@@ -116,12 +141,13 @@ class Cache:
         B = len(self.lengths_B)
 
         def pick(x):
-            if x.ndim == 5:
+            if x.ndim > 3:
                 return jnp.take(x, index_B, axis=1)
             return jnp.take(x.reshape(B, -1, *x.shape[1:]), index_B, axis=0).reshape(-1, *x.shape[1:])
 
-        k_LBKSH, v_LBKSH = jax.tree.map(pick, (self.k_LBKSH, self.v_LBKSH))
-        return dataclasses.replace(self, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH, lengths_B=self.lengths_B[index_B])
+        names = ("k_LBKSH", "v_LBKSH", "k_LBKH", "v_LBKH")
+        picked = {name: jax.tree.map(pick, getattr(self, name)) for name in names}
+        return dataclasses.replace(self, **picked, lengths_B=self.lengths_B[index_B])
 
     def unstacked(self) -> "Cache":
         """The same with every layer's keys and values in an array of its own, in float32: a CPU would turn all of them
@@ -131,7 +157,8 @@ class Cache:
         def split(x_LBKSH):
             return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]).astype(jnp.float32) for x_BKSH in x_LBKSH)
 
-        return self._with(_each(split, (self.k_LBKSH,), (self.v_LBKSH,)))
+        cache = self._with(_each(split, (self.k_LBKSH,), (self.v_LBKSH,)))
+        return dataclasses.replace(cache, k_LBKH=None, v_LBKH=None)
 
     def _with(self, both: tuple[Any, Any]) -> "Cache":
         return dataclasses.replace(self, k_LBKSH=both[0], v_LBKSH=both[1])
@@ -141,3 +168,20 @@ def _each(fn: Callable, *calls: tuple) -> tuple[Any, Any]:
     """`fn` for the keys and for the values; None for values that are none."""
     keys, values = (None if x is None else fn(x, *more) for x, *more in calls)
     return keys, values
+
+
+def _behind(old_LBKSH: jax.Array, new_LBKTH: jax.Array, layer: jax.Array | int, at_B: jax.Array) -> jax.Array:
+    """Put T new tokens of each row, of one layer or of all, into its slots from `at_B` on: on the device that has the
+    row, one copy a row.
+    """
+
+    def put(old, new, layer, at_B):
+        for b in range(len(at_B)):
+            old = jax.lax.dynamic_update_slice(old, new[:, b : b + 1], (layer, b, 0, at_B[b], 0))
+        return old
+
+    rows = axes.splitting("B", "LBKSH", old_LBKSH.shape)
+    if rows:
+        of, one = PartitionSpec(None, rows), PartitionSpec(rows)
+        put = jax.shard_map(put, in_specs=(of, of, PartitionSpec(), one), out_specs=of, axis_names={*rows})
+    return put(old_LBKSH, new_LBKTH.astype(old_LBKSH.dtype), jnp.asarray(layer), at_B)

@@ -69,9 +69,12 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, over: int = 1) ->
     elif axes.platform() == "cpu":
         y, outer = _product(matrix, weight.reshape(matrix.shape[-1], -1)), weight.shape[over:]
     else:  # a TPU's compiler then chooses layouts that need no copies: a Llama's step takes 7 % less
-        y, outer = jnp.tensordot(x, weight.astype(x.dtype), over).reshape(*lead, -1), weight.shape[over:]
+        y, outer = jnp.tensordot(x, weight.astype(x.dtype), over), weight.shape[over:]
+        if lead[-1] != 1:  # of a single token they stay apart, or a bias would have the weight turned for it
+            y = y.reshape(*lead, -1)
     if bias is not None:  # rounded once it is spread, so that its gradient is summed in float32
-        y = y + jnp.broadcast_to(jnp.expand_dims(_value(bias).reshape(-1), range(y.ndim - 1)), y.shape).astype(x.dtype)
+        row = _value(bias).reshape(outer if y.ndim == len(lead) + len(outer) else -1)
+        y = y + jnp.broadcast_to(jnp.expand_dims(row, range(y.ndim - row.ndim)), y.shape).astype(x.dtype)
     return y.reshape(*lead, *outer)
 
 

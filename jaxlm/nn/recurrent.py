@@ -81,14 +81,14 @@ class Recurrent(nnx.Module):
         layer: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
         """The state h after each token, in x's dtype; from the state that the cache holds, else from zeros."""
-        B, _, D = x_BTD.shape
+        B, T, D = x_BTD.shape
         if cache is not None and layer is not None:
             h_BKH, c_BKH = cache.last(layer)
             state = h_BKH[:, 0], None if c_BKH is None else c_BKH[:, 0]
         else:
             zeros_BD = axes.constrain(jnp.zeros((B, D)), "BD")
             state = zeros_BD, zeros_BD if CELLS[self.cell].memory else None
-        into, weight = (_whole(w.get_value(), x_BTD.dtype) for w in (self.input_DGF, self.recur_DGF))
+        into, weight = (_whole(w.get_value(), x_BTD.dtype, T) for w in (self.input_DGF, self.recur_DGF))
         x_BTD = axes.constrain(x_BTD, "B__")  # one token after another: T is whole
         product = jax.vmap(lambda x_BD: dense(x_BD, into, self.bias_GF))  # one, over T and B as they are split
         wx_TBGF = axes.constrain(product(x_BTD.swapaxes(0, 1)), "_BG_")
@@ -99,9 +99,13 @@ class Recurrent(nnx.Module):
         return h_BTD.astype(x_BTD.dtype), cache
 
 
-def _whole(weight: jax.Array | Turned | Paired, dtype: jnp.dtype) -> Weight:
-    """The weight on every device, gathered once: where gates are split, devices would have to talk for every token."""
-    return weight if isinstance(weight, Turned | Paired) else axes.constrain(weight.astype(dtype), "___")
+def _whole(weight: jax.Array | Turned | Paired, dtype: jnp.dtype, tokens: int) -> Weight:
+    """The weight on every device, gathered once: where gates are split, devices would have to talk for every token. For
+    one token that is less than the weight, which then stays where it is.
+    """
+    if isinstance(weight, Turned | Paired):
+        return weight
+    return weight.astype(dtype) if tokens == 1 else axes.constrain(weight.astype(dtype), "___")
 
 
 def _fresh(segments_BT: jax.Array) -> jax.Array:

@@ -76,6 +76,7 @@ class Serving:
     prefill_seconds: float | None = None  # of all prompts together
     prefill_roofline_seconds: float | None = None
     token_seconds: float | None = None  # one more token of every row
+    options_seconds: float | None = None  # more, where rows ask for top-k, top-p, penalties and bans
     token_roofline_seconds: float | None = None
     bound_by: str | None = None  # what the roofline of a token is: reading memory, or products
     tokens_per_second_per_device: float | None = None
@@ -184,7 +185,8 @@ def _serving(plan: Serving) -> Iterable[tuple[str, str]]:
         bound = f"{plan.token_roofline_seconds * 1e3:.3g} ms (bound: {plan.bound_by})"
         yield "a token of every row takes at least", bound
     if plan.token_seconds is not None:
-        yield "a token of every row", f"{plan.token_seconds * 1e3:.3g} ms (estimate)"
+        more = f", {(plan.options_seconds or 0) * 1e3:.2g} more with top-k, top-p, penalties and bans"
+        yield "a token of every row", f"{plan.token_seconds * 1e3:.3g} ms (estimate){more}"
     if plan.tokens_per_second_per_device is not None:
         yield "new tokens/s a device", f"{plan.tokens_per_second_per_device:,.0f} (estimate)"
     if plan.most_tokens_per_second_per_device is not None:

@@ -2,14 +2,15 @@
 
     make(config, devices, words=words, rows=16, prompt=1024, new=512)      a `forecast.Serving`
 
-Weights are placed and held as the engine holds them (float32, split by the letters in their names); so is its cache. A
-decode call runs `STEPS` tokens, and what it does once is shared among them.
+Weights are placed and held as the engine holds them (in the dtype of products, split by the letters in their names); so
+is its cache. A decode call runs `STEPS` tokens, and what it does once is shared among them. A token's time is that of
+one that is drawn at a temperature; what top-k, top-p, penalties and bans would add, all together, is told apart.
 """
 
 from collections.abc import Mapping
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -29,14 +30,24 @@ from jaxlm.planning.forecast import Serving
 SMALLER = "Try fewer --rows, shorter ones, or more devices under config.mesh.tensor"
 
 
-def make(
-    config: Mapping[str, Any], where: list[Any], *, words: Words, rows: int, prompt: int, new: int, slices: int = 1
-) -> Serving:
-    """Weigh a batch of `rows` prompts and what is written behind them. Raises `Mistake` for an encoder, for rows longer
-    than the model can read, and for what does not fit, with the compiler's figures.
+class Served(NamedTuple):
+    """A model and the state of its rows behind their prompts as shapes in their places, and the engine's programs, or
+    none where no compiler is here.
     """
+
+    blueprint: Blueprint
+    mesh: Mesh
+    params: Tree
+    state: Any
+    prefill: jax.stages.Compiled | None
+    decode: jax.stages.Compiled | None
+
+
+def assemble(
+    config: Mapping[str, Any], where: list[Any], *, words: Words, rows: int, prompt: int, new: int, slices: int = 1
+) -> Served:  # fmt: skip
+    """Compile the engine's programs for a batch of `rows` prompts on these devices. Raises as `make`."""
     lookup.within("--", 1, rows=rows, prompt=prompt, new=new)
-    begun = time.perf_counter()
     mesh = lookup.spend("config.mesh", axes.mesh, {**(config.get("mesh") or {}), "slices": slices}, devices=where)
     rules = {**axes.RULES, **(config.get("rules") or {})}
     with axes.on(mesh, rules):
@@ -45,37 +56,50 @@ def make(
             dtype = "float32" if axes.platform() == "cpu" else "bfloat16"
         blueprint = Blueprint.of(config.get("model") or {}, vocab=words.vocab, dtype=dtype)
         _check(blueprint, prompt, new)
-        places = axes.shardings(blueprint.shapes, mesh, rules)
-        params = jax.tree.map(_placed, blueprint.shapes, places)
         both_ways = objectives.both_ways(config.get("objective")) and blueprint.kind == "decoder"
         engine = Engine(blueprint, {}, words.vocab, both_ways)
+        shapes = jax.eval_shape(engine.held, blueprint.shapes)
+        params = jax.tree.map(_placed, shapes, axes.shardings(shapes, mesh, rules))
         first, slots = _prompts(blueprint, rows, prompt, new)
         if isinstance(where[0], Device) or engine.in_a_row:  # a CPU's weights are laid out anew from real arrays
             state = jax.eval_shape(lambda *args: engine.prefill(*args, slots=slots), params, *first)
             state = jax.tree.map(_placed, state, axes.shardings(state, mesh, rules))
-            known = _bounds(blueprint, params, state, where, mesh, rows, prompt, new)
-            return Serving(**known, compiled=False, peak_bytes=known["parameter_bytes"] + known["cache_bytes"])
+            return Served(blueprint, mesh, params, state, None, None)
         lowered = engine.prefill.lower(params, *first, slots=slots)
         prefill = costs.build(lowered, SMALLER)
         state = jax.tree.map(_placed, lowered.out_info, prefill.output_shardings)
         asked = np.zeros(state.done_B.shape, bool), Sampling().rows(len(state.done_B)), engine.mark(())
         decode = costs.build(engine.decode.lower((params, None), state, *asked, np.int32(STEPS)), SMALLER)
-    needs = costs.memory(prefill), costs.memory(decode)
-    known: dict[str, Any] = _bounds(blueprint, params, state, where, mesh, rows, prompt, new) | dict(
+    return Served(blueprint, mesh, params, state, prefill, decode)
+
+
+def make(
+    config: Mapping[str, Any], where: list[Any], *, words: Words, rows: int, prompt: int, new: int, slices: int = 1
+) -> Serving:
+    """Weigh a batch of `rows` prompts and what is written behind them. Raises `Mistake` for an encoder, for rows longer
+    than the model can read, and for what does not fit, with the compiler's figures.
+    """
+    begun = time.perf_counter()
+    served = assemble(config, where, words=words, rows=rows, prompt=prompt, new=new, slices=slices)
+    mesh, known = served.mesh, _bounds(served, where, rows, prompt, new)
+    if served.prefill is None or served.decode is None:
+        return Serving(**known, compiled=False, peak_bytes=known["parameter_bytes"] + known["cache_bytes"])
+    needs = costs.memory(served.prefill), costs.memory(served.decode)
+    known |= dict(
         compiled=True, prefill_temporary_bytes=needs[0][0], decode_temporary_bytes=needs[1][0],
         peak_bytes=max(peak for _, peak in needs), compile_seconds=time.perf_counter() - begun,
     )  # fmt: skip
     chip = chips.of(where[0].device_kind)
     if not chip or not chip.clock:
         return Serving(**known)
-    cost = lambda program: Cost(  # noqa: E731
-        hlo.read(program.as_text() or "", STEPS), mesh, chip, costs.torus(where), slices
+    cost = lambda program, wanted=False: Cost(  # noqa: E731
+        hlo.read(program.as_text() or "", STEPS, wanted), mesh, chip, costs.torus(where), slices
     )
-    reading, writing = cost(prefill), cost(decode)
-    token = writing.step / STEPS
+    reading, writing = cost(served.prefill), cost(served.decode)
+    token, most = writing.step / STEPS, cost(served.decode, wanted=True).step / STEPS
     share = lambda found: [dict(row, seconds=row["seconds"] / STEPS) for row in found]  # noqa: E731
     return Serving(
-        **known, prefill_seconds=reading.step, token_seconds=token,
+        **known, prefill_seconds=reading.step, token_seconds=token, options_seconds=most - token,
         tokens_per_second_per_device=rows / token / mesh.size,
         uncounted=sorted({*reading.uncounted, *writing.uncounted}), operations=share(writing.dearest(10)),
         collectives=[
@@ -108,12 +132,11 @@ def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
-def _bounds(
-    blueprint: Blueprint, params: Tree, state: Any, where: list[Any], mesh: Mesh, rows: int, prompt: int, new: int
-) -> dict[str, Any]:
+def _bounds(served: Served, where: list[Any], rows: int, prompt: int, new: int) -> dict[str, Any]:
     """What is known by shapes and places, and what no program can be faster than: each product at the peak, and for a
-    token every weight that it needs, in the dtype of the products, and the cache filled so far read once.
+    token every weight that it needs and the cache filled so far read once.
     """
+    blueprint, mesh, params, state, _, _ = served
     chip, c, pair = chips.of(where[0].device_kind), blueprint.config, blueprint.kind == "encoder-decoder"
     cached = held(state.cache)
     known: dict[str, Any] = dict(
@@ -134,9 +157,7 @@ def _bounds(
         reads += size if encodes or not (pair or writes_out) else 0
         if not encodes:
             writes += size
-            seen = min(1.0, rows * c.chosen / c.experts) if routed else 1.0
-            width = min(x.dtype.itemsize, np.dtype(c.dtype).itemsize)
-            weights += seen * held(x) / x.dtype.itemsize * width
+            weights += held(x) * (min(1.0, rows * c.chosen / c.experts) if routed else 1.0)
     filled = (1 if pair else prompt) + new / 2  # on average
     filled = min(filled, getattr(c, "window", None) or filled) / state.cache.slots
     cross = held(state.cache.cross) if state.cache.cross is not None else 0

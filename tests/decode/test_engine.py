@@ -16,6 +16,7 @@ from jaxlm.decode.engine import Engine, bucket, read
 from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from tests import test_models as families
 from tests.trees import noisy
 
 MODELS = ["gpt2", "rnn"]
@@ -132,6 +133,21 @@ def test_a_row_begins_and_ends_as_forced_and_in_between_as_its_logits_say(engine
             if stop and 9 in begun:  # as the logits have it, before the row is full
                 begun = begun[: begun.index(9)]
             assert new == begun + [9] * (not stop)
+
+
+@pytest.mark.parametrize("name", [name for name in families.MODELS if families.kind(name) != "encoder"])
+def test_rows_and_heads_that_are_split_over_devices_are_continued_as_on_one(name, monkeypatch):
+    """In the layout of accelerators, whose layers and cache are stacks."""
+    more = {} if name == "rnn" else dict(attention="xla")  # kernels are for devices that are not here
+    model, rng = families.blueprint(name, **more), np.random.default_rng(0)
+    params, how = noisy(model), Sampling(temperature=0, repetition_penalty=1.2)
+    prompts = [rng.integers(0, families.V, n).tolist() for n in (3, 1, 9, 5)]
+    want = Engine(model, params).generate(prompts, how, max_new_tokens=12)
+    monkeypatch.setattr(axes, "platform", lambda: "tpu")
+    mesh = axes.mesh(data=2, tensor=2, devices=jax.devices()[:4])
+    with axes.on(mesh):
+        split = Engine(model, jax.device_put(params, axes.shardings(params, mesh)))
+        assert split.generate(prompts, how, max_new_tokens=12) == want
 
 
 def test_what_an_encoder_read_is_kept_once_however_many_rows_write_about_it():

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import axes
 from jaxlm.decode.engine import Engine
 from jaxlm.decode.sampling import Sampling
-from jaxlm.decode.weights import head, lay
+from jaxlm.decode.weights import head, lay, rounded
 from jaxlm.models import Blueprint
 from jaxlm.nn.linear import Head, Paired, Turned, dense
+from tests import test_models as families
+from tests.trees import noisy
 
 
 @pytest.mark.parametrize("name, inner", [("wq_DNH", 1), ("wo_NHD", 2), ("up_DF", 1), ("down_FD", 1), ("square_DD", 1)])
@@ -77,3 +80,17 @@ def test_what_is_no_weight_shares_the_memory_of_the_stack():
     layers = lay(params, "bfloat16")["blocks"]["bias_NH"]
     start = params["blocks"]["bias_NH"].unsafe_buffer_pointer()
     assert [layer.unsafe_buffer_pointer() - start for layer in layers] == [0, 1024, 2048]
+
+
+@pytest.mark.parametrize("name", families.MODELS)
+def test_what_products_would_round_anyway_is_rounded_before_them(name, monkeypatch):
+    """To the last bit: as off the CPU, whose residual stream is float32."""
+    monkeypatch.setattr(axes, "platform", lambda: "tpu")
+    more = {} if name == "rnn" else dict(attention="xla")  # kernels are for devices that are not here
+    model, tokens_BT = families.blueprint(name, dtype="bfloat16", **more), jnp.arange(24).reshape(2, 12) % families.V
+    params = noisy(model)
+    small = rounded(params, "bfloat16")
+    read = jax.jit(lambda params: families.read(model.bind(params), tokens_BT))
+    np.testing.assert_array_equal(read(small), read(params))
+    wide = [axes.name_of(path) for path, x in jax.tree_util.tree_leaves_with_path(small) if x.dtype == jnp.float32]
+    assert all(name.startswith(("bias", "scale", "router", "table", "next", "replaced")) for name in wide), wide

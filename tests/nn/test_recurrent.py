@@ -2,6 +2,8 @@
 segment.
 """
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -102,7 +104,7 @@ def test_a_cache_holds_the_state_after_every_token(cell, unstacked):
     assert (v_BKSH is not None) == memory, "what a cell does not have takes no room"
     if memory:
         np.testing.assert_allclose(v_BKSH[:, 0, :6], cs[:, :6], atol=1e-5)
-    back = cache.grow(jnp.asarray([6, 0]))  # the second row begins anew
+    back = dataclasses.replace(cache, lengths_B=jnp.asarray([6, 0]))  # the second row begins anew
     y_BTD, _ = recurrent(jnp.stack([x_BTD[0, 6:8], x_BTD[1, :2]]), cache=back, layer=0)
     np.testing.assert_allclose(y_BTD, [hs[0, 6:8], hs[1, :2]], atol=1e-5)
     picked = cache.rows(jnp.asarray([1, 1]))
