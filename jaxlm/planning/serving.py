@@ -60,7 +60,7 @@ def make(
         state = jax.tree.map(_placed, lowered.out_info, prefill.output_shardings)
         asked = np.zeros(state.done_B.shape, bool), Sampling().rows(len(state.done_B)), engine.mark(())
         decode = costs.build(engine.decode.lower((params, None), state, *asked, np.int32(STEPS)), SMALLER)
-    needs = costs.memory(prefill), costs.memory(decode)
+    needs = [costs.memory(program, where[0].platform) for program in (prefill, decode)]
     known: dict[str, Any] = _bounds(blueprint, params, state, where, mesh, rows, prompt, new) | dict(
         compiled=True, prefill_temporary_bytes=needs[0][0], decode_temporary_bytes=needs[1][0],
         peak_bytes=max(peak for _, peak in needs), compile_seconds=time.perf_counter() - begun,
