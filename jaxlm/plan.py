@@ -122,7 +122,7 @@ def make(
     if isinstance(where[0], Device):
         return _counted(config, where, run, arithmetic.kept(run.parts, run.batch, run.mesh, run.rules), price)
     compiled = costs.build(_lower(run), SMALLER)
-    (temporary, peak), took = costs.memory(compiled), time.perf_counter() - begun
+    (temporary, peak), took = costs.memory(compiled, where[0].platform), time.perf_counter() - begun
     operations = hlo.read(compiled.as_text() or "")
     known: dict[str, Any] = _known(config, where, run) | dict(
         compiled=True, temporary_bytes=temporary, peak_bytes=peak, compile_seconds=took,

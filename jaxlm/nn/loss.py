@@ -151,6 +151,8 @@ def _each_its_own(local: Callable, x, table, bias, labels, weights, *, gradient:
             d_table = jax.lax.psum_scatter(d_table, along, scatter_dimension=1, tiled=True)
         rest = tuple(name for name in others if name not in along)
         d_table = jax.lax.psum(d_table, rest) if rest else d_table
+        # summed before the layers' backward pass begins, or the whole of it would be held until that ends
+        d_x, d_table = jax.lax.optimization_barrier((d_x, d_table))
         return sums, (d_x, d_table, None if d_bias is None else jax.lax.psum(d_bias, others))
 
     ins = (tokens, whole, whole, tokens, tokens)

@@ -39,15 +39,22 @@ def _too_large(text: str, advice: str) -> Mistake:
     return Mistake(text.splitlines()[0])
 
 
-def memory(program: jax.stages.Compiled) -> tuple[int, int]:
-    """Bytes on a device: of temporaries, and in all, what is given and given back included. Raises `Mistake` where the
-    compiler does not tell.
+def memory(program: jax.stages.Compiled, platform: str) -> tuple[int, int]:
+    """Bytes on a device when it holds most: of temporaries, and in all, what is given and given back included. Raises
+    `Mistake` where the compiler does not tell.
+
+    What a TPU's compiler tells of temporaries is more than it sets aside where the peak is in a loop: as much as the
+    loop was handed, such as the inputs of all scanned layers. Its peak is not; but that has what lies in the vector
+    memory, too, so that of small programs the other figure is nearer.
     """
     told = program.memory_analysis()
     if told is None:
         raise Mistake("this compiler tells nothing about memory")
     passed = told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
-    return told.temp_size_in_bytes, passed + told.temp_size_in_bytes
+    temporary = told.temp_size_in_bytes
+    if platform == "tpu":
+        temporary = min(temporary, told.peak_memory_in_bytes - passed)
+    return temporary, passed + temporary
 
 
 def count_chips(where: list[Any]) -> int:

@@ -84,7 +84,7 @@ def make(
     mesh, known = served.mesh, _bounds(served, where, rows, prompt, new)
     if served.prefill is None or served.decode is None:
         return Serving(**known, compiled=False, peak_bytes=known["parameter_bytes"] + known["cache_bytes"])
-    needs = costs.memory(served.prefill), costs.memory(served.decode)
+    needs = [costs.memory(program, where[0].platform) for program in (served.prefill, served.decode)]
     known |= dict(
         compiled=True, prefill_temporary_bytes=needs[0][0], decode_temporary_bytes=needs[1][0],
         peak_bytes=max(peak for _, peak in needs), compile_seconds=time.perf_counter() - begun,
