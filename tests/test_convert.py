@@ -22,6 +22,7 @@ from jaxlm.models import Blueprint
 from tests.golden import folder_of, golden
 from tests.published import AROUND, with_tokenizer
 from tests.runs import environment
+from tests.trees import noisy
 
 MODEL = dict(name="llama", layers=1, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16, context=64)
 KINDS = {
@@ -40,8 +41,8 @@ def written_workdir(folder, kind, model=MODEL):
     configs.write(dict(model=model, dtype="float32"), str(folder))
     blueprint = Blueprint.of(model, vocab=tokenizer.vocab)
     with checkpoint.Checkpoints(str(folder), best=1) as checkpoints:
-        checkpoints.save(1, dict(params=blueprint.init(1)), dict(loss=1.0))
-        checkpoints.save(2, dict(params=blueprint.init(2)), dict(loss=2.0))
+        checkpoints.save(1, dict(params=noisy(blueprint, 1)), dict(loss=1.0))
+        checkpoints.save(2, dict(params=noisy(blueprint, 2)), dict(loss=2.0))
     return folder, tokenizer
 
 

@@ -93,18 +93,29 @@ def test_padding_of_encoder_and_decoder_changes_nothing(name, lm):
     np.testing.assert_allclose(got[1], golden(name)["second_logits"][0], atol=1e-4)
 
 
+def packed(name):
+    """Both short rows in one of 16 tokens, as `given`, in either order; and which document each token is of."""
+    first, second, rows, segments = given(name, "first"), given(name, "second"), {}, {}
+    for key, x in first.items():
+        y = second[key]
+        both = [np.concatenate(pair, axis=1)[0] for pair in ((x, y), (y, x))]
+        which = [np.repeat([1, 2], [len(a[0]), len(b[0])]) for a, b in ((x, y), (y, x))]
+        rows[key], segments[key] = (np.stack([np.pad(row, (0, 16 - len(row))) for row in all]) for all in (both, which))
+    return rows, segments
+
+
+def as_if_alone(name, key, got):
+    """Whether a program's answer to `packed` is what the golden says of each row."""
+    first, second = golden(name)[f"first_{key}"][0], golden(name)[f"second_{key}"][0]
+    for row, want in zip(got, ((first, second), (second, first))):
+        np.testing.assert_allclose(row[: len(first) + len(second)], np.concatenate(want), atol=1e-4)
+
+
 @those(PAIRS)
 def test_packed_pairs_answer_as_if_alone(name, lm):
-    first, second = given(name, "first"), given(name, "second")
-    rows, segments = {}, {}
-    for key in first:
-        rows[key] = np.concatenate([first[key], second[key]], axis=1)
-        segments[key] = np.repeat([[1, 2]], [first[key].shape[1], second[key].shape[1]], axis=1)
-    where = dict(segments_BS=jnp.asarray(segments["token_ids"]), segments_BT=jnp.asarray(segments["decoder_ids"]))
-    ask = lambda m: m(rows["token_ids"], rows["decoder_ids"], **where)[0]  # noqa: E731
-    got = jax.jit(lambda p: ask(lm.blueprint.bind(p)))(lm.params)
-    want = np.concatenate([golden(name)["first_logits"], golden(name)["second_logits"]], axis=1)
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    rows, segments = packed(name)
+    where = dict(segments_BT=segments["token_ids"], decoder_segments_BT=segments["decoder_ids"])
+    as_if_alone(name, "logits", lm._forward(lm.params, rows["token_ids"], decoder_BT=rows["decoder_ids"], **where))
 
 
 @those(PAIRS)
@@ -124,16 +135,10 @@ def test_the_decoder_one_token_at_a_time_equals_one_pass(name, lm):
 
 @those(ALONE)
 def test_packed_rows_answer_as_if_alone(name, lm):
-    g, first, second = golden(name), given(name, "first"), given(name, "second")
-    both = {key: np.concatenate([first[key], second[key]], axis=1) for key in first}
-    tokens = both.pop("token_ids")
-    segments = np.repeat([[1, 2]], [first["token_ids"].shape[1], second["token_ids"].shape[1]], axis=1)
-    where = {"segments_BT": jnp.asarray(segments), **{f"{key}_BT": jnp.asarray(x) for key, x in both.items()}}
-    key = "hidden" if "first_hidden" in g.files else "logits"
-    ask = lambda m: (m.hidden if key == "hidden" else m)(tokens, **where)[0]  # noqa: E731
-    got = jax.jit(lambda p: ask(lm.blueprint.bind(p)))(lm.params)
-    want = np.concatenate([g[f"first_{key}"], g[f"second_{key}"]], axis=1)
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    rows, segments = packed(name)
+    where = {"types_BT": rows["types"]} if "types" in rows else {}
+    key, run = ("hidden", lm._hidden) if name in ENCODERS else ("logits", lm._forward)
+    as_if_alone(name, key, run(lm.params, rows["token_ids"], segments_BT=segments["token_ids"], **where))
 
 
 def test_the_next_sentence_head_agrees(tmp_path):

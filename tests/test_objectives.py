@@ -139,6 +139,11 @@ def blueprint(kind):
     return Blueprint.of(sizes | MODELS[kind], vocab=words().vocab)
 
 
+@functools.cache
+def fresh(kind):
+    return blueprint(kind).init(0)
+
+
 @every
 def test_it_overfits_one_batch(name, options):
     for kind in module(name).KINDS:
@@ -155,7 +160,7 @@ def test_it_overfits_one_batch(name, options):
             updates, opt = tx.update(grads, opt)
             return optax.apply_updates(params, updates), opt, sums
 
-        params, first = model.init(0), None
+        params, first = fresh(kind), None
         opt = tx.init(params)
         for _ in range(STEPS.get(name, 80)):
             params, opt, sums = update(params, opt)
@@ -168,7 +173,7 @@ def test_it_overfits_one_batch(name, options):
 def test_eight_devices_sum_what_one_does(name):
     for kind in module(name).KINDS:
         one, model, mesh = task(name, {}, kind), blueprint(kind), axes.mesh(fsdp=2, sequence=2, tensor=2)
-        batch, params = next(batches(one)), blueprint(kind).init(1)
+        batch, params = next(batches(one)), fresh(kind)
         measure = lambda params, batch: one.loss(model.bind(params), batch, None)  # noqa: B023, E731
         want = jax.jit(measure)(params, {key: jnp.asarray(x) for key, x in batch.items()})
         with axes.on(mesh):

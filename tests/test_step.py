@@ -1,5 +1,7 @@
 """The training step: denominators over the whole batch, steps that are skipped, moving averages."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +34,16 @@ def batch():
     return {name: jnp.asarray(np.stack([x[name] for x in examples])) for name in examples[0]}
 
 
+@functools.cache
+def fresh(dropout=0.0):
+    return Blueprint.of(MODEL | {"dropout": dropout}, vocab=V).init(0)
+
+
 def run(blueprint, batches, tx=None, loss=clm.loss, **options):
     """The states after each batch, and the metrics."""
     tx = tx or optax.sgd(0.1)
     update = jax.jit(step.make(blueprint, tx, loss, seed=0, **options))
-    states, metrics = [step.init(tx, blueprint.init(0), ema=options.get("ema", 0.0))], []
+    states, metrics = [step.init(tx, fresh(blueprint.config.dropout), ema=options.get("ema", 0.0))], []
     for one in batches:
         state, found = update(states[-1], one)
         states.append(state)
@@ -44,19 +51,24 @@ def run(blueprint, batches, tx=None, loss=clm.loss, **options):
     return states, metrics
 
 
+@pytest.fixture(scope="module")
+def once(blueprint, batch):
+    return run(blueprint, [batch])
+
+
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_accumulation_divides_by_the_real_tokens_of_the_whole_batch(blueprint, batch, parts):
+def test_accumulation_divides_by_the_real_tokens_of_the_whole_batch(blueprint, batch, once, parts):
     """Not by each part's own, which would weigh a token by how many neighbours it has; one part here has none."""
-    (_, whole), (want,) = run(blueprint, [batch])
+    (_, whole), (want,) = once
     (_, summed), (got,) = run(blueprint, [batch], accumulate=parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), summed["params"], whole["params"])
     assert got["tokens"] == want["tokens"] == batch["weights"].sum()
     assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
 
 
-def test_the_loss_is_the_mean_over_real_tokens(blueprint, batch):
-    _, (metrics,) = run(blueprint, [batch])
-    logits, _ = blueprint.bind(blueprint.init(0))(batch["tokens"], segments_BT=batch["segments"])
+def test_the_loss_is_the_mean_over_real_tokens(blueprint, batch, once):
+    _, (metrics,) = once
+    logits, _ = blueprint.bind(fresh())(batch["tokens"], segments_BT=batch["segments"])
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][..., None], -1)[..., 0]
     real = np.asarray(batch["weights"]) > 0
     assert metrics["loss"] == pytest.approx(float(np.asarray(nll)[real].mean()), rel=1e-5)

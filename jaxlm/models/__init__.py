@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 from flax import nnx
@@ -51,7 +52,9 @@ class Blueprint:
         make = functools.partial(lookup.module("jaxlm.models", self.name).Model, self.config)
         places = None if mesh is None else axes.shardings(self.shapes, mesh, rules)
         # A CPU runs this once: at full optimisation compiling it takes longer than all else before the first step.
-        options = {"xla_backend_optimization_level": 1} if axes.platform() == "cpu" else None
+        level = "xla_backend_optimization_level"
+        free = axes.platform() == "cpu" and level not in os.environ.get("XLA_FLAGS", "")
+        options = {level: 1} if free else None
         draw = lambda key: nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key))))  # noqa: E731
         return jax.jit(draw, out_shardings=places, compiler_options=options)(jax.random.key(seed))
 
