@@ -49,7 +49,10 @@ class Cache:
         cls, layers: int, batch: int, kv_heads: int, slots: int, head_width: int, dtype: jnp.dtype,
         values: bool = True,
     ) -> "Cache":  # fmt: skip
-        """Room for `slots` tokens in each row, none taken; on a mesh, split by rows and heads."""
+        """Room for `slots` tokens in each row, none taken; on a mesh, split by rows and heads. In float32 on a CPU, which
+        would turn the whole of it into that and back for each layer that writes, and for each token that reads.
+        """
+        dtype = jnp.dtype("float32") if axes.platform() == "cpu" else dtype
         sizes = dict(L=layers, B=batch, K=kv_heads, S=slots, H=head_width)
         empty = lambda letters: axes.constrain(jnp.zeros([sizes[x] for x in letters], dtype), letters)  # noqa: E731
         k_LBKSH, v_LBKSH = empty("LBKSH"), empty("LBKSH") if values else None
