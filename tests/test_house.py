@@ -91,6 +91,11 @@ def test_a_config_tells_its_command_and_what_it_measured():
     assert not offenders(configs, tells)
 
 
+def test_no_merge_was_left_half_done():
+    marks = re.compile(rf"^({'<' * 7}|{'>' * 7})( |$)", re.MULTILINE)
+    assert not [name(path) for path in tree() if marks.search(path.read_text(errors="ignore"))]
+
+
 def test_the_tree_names_no_machine_and_no_index():
     words = [
         "py" + "pi.org",

@@ -16,13 +16,7 @@ def test_a_text_and_its_gaps_are_found_in_a_pair():
 def test_what_t5_is_measured_by_is_its_loss_on_the_same_examples(tmp_path):
     c = config.load("configs/pretrain/t5_brown.py:tiny").to_dict() | {"store": str(tmp_path / "store")}
     sources = dict(brown=write_corpus(tmp_path)["prose"])
-    tokenizer = c["prepare"]["tokenizer"] | {"vocab": 390}
-    spend(
-        "config.prepare",
-        prepare.prepare,
-        c["prepare"] | dict(sources=sources, tokenizer=tokenizer, workers=1),
-        c["store"],
-    )
+    spend("config.prepare", prepare.prepare, c["prepare"] | dict(sources=sources, workers=1), c["store"])
     found = spend("config", train.train, c | {"mesh": dict(data=1)}, str(tmp_path / "run"))
     measured = span_baseline.measure(str(tmp_path / "run"), rate=c["objective"]["rate"])
     nats = (measured["t5"] + measured["ends"]) * measured["tokens"]

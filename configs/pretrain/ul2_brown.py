@@ -15,7 +15,7 @@ def get_config(size: str = "full") -> ConfigDict:
     c.seed = 0
     c.steps = {"full": 600, "tiny": 2}[size]
 
-    c.store = "data/brown_text_to_text"  # as in t5_brown.py: one store serves both
+    c.store = "data/brown_text_to_text"  # for bart_brown and prefix_brown, too
     c.prepare = dict(
         sources=dict(brown="jsonl:data/brown/train.jsonl.gz?field=text"),
         tokenizer=dict(

@@ -49,7 +49,7 @@ class Cache:
         cls, layers: int, batch: int, kv_heads: int, slots: int, head_width: int, dtype: jnp.dtype,
         values: bool = True,
     ) -> "Cache":  # fmt: skip
-        """Room for `slots` tokens in each row, none taken; on a mesh, split by rows and heads. In float32 on a CPU, which
+        """Room for `slots` tokens in each row, none taken; on a mesh, split by rows and heads. On a CPU in float32: it
         would turn the whole of it into that and back for each layer that writes, and for each token that reads.
         """
         dtype = jnp.dtype("float32") if axes.platform() == "cpu" else dtype
