@@ -5,13 +5,13 @@
     python -m scripts.span_baseline --workdir=runs/t5_brown
 
 The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line; bytes are tokens as in ByT5
-(arXiv:2105.13626). Rows are so short that they
-have two gaps: a decoder that has two sentinels to look for in the source finds them within 500 steps. With eight it
-does not within thousands, and so learns only what stands in a gap before, whatever the tokens are (experiments/LOG.md).
+(arXiv:2105.13626). Rows are so short that they have two gaps: a decoder that has two sentinels to look for in the
+source finds them within 500 steps. With eight it does not within thousands, and so learns only what stands in a gap
+before, whatever the tokens are (experiments/LOG.md).
 
 2 CPU cores with much other work, 50 min of training: 1.55, 1.42, 1.34, 1.30, 1.29, 1.23 and 1.13 nats a token of the
-answers, sentinels included, after 1,000, 2,000, ... 7,000 steps. Of 45,175 held-out bytes in gaps 1.55 nats each, 52.8 %
-of them right; a 5-gram that knows what stands on the left has 1.43, from either side 1.32.
+answers, sentinels included, after 1,000, 2,000, ... 7,000 steps. Of 45,175 held-out bytes in gaps 1.55 nats each, and
+52.8 % of them right; a 5-gram that knows what stands on the left has 1.43, from either side 1.32.
 """
 
 from ml_collections import ConfigDict
