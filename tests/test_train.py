@@ -169,6 +169,8 @@ def test_restored_parameters_are_the_moving_average(store, whole):
 
 
 def checkpoint_part(workdir, part, shapes):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     with checkpoint.Checkpoints(str(workdir)) as checkpoints:
         return checkpoints.restore({part: shapes})[1][part]
 

@@ -121,7 +121,7 @@ def _attend_backward(spans: Spans, saved, d_out: jax.Array):
         d_score = (power * (_product("th,sh->ts", d, _rows(v, v, low, high)) - inner)).astype(v.dtype)
         dq = _product("ts,sh->th", d_score, _rows(k, k, low, high)) * scale
         dqs.append(dq.astype(q.dtype).reshape(*q.shape[:2], last - first, -1))
-        place = ((0, 0), (low, k.shape[2] - high), (0, 0))
+        place = (*[(0, 0)] * (d.ndim - 2), (low, k.shape[2] - high), (0, 0))
         dk += jnp.pad(crossed(d_score, _rows(q, k, first, last) * scale), place)
         dv += jnp.pad(crossed(power, d), place)
     dq = jnp.concatenate(dqs, axis=2)
