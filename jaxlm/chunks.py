@@ -71,7 +71,7 @@ class Arrays(ocp.type_handlers.ArrayHandler):
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
         """Read arrays: the small ones side by side, then the large ones in turn."""
-        small = [i for i, arg in enumerate(args) if math.prod(arg.global_shape) * arg.dtype.itemsize <= CHUNK]
+        small = [i for i, arg in enumerate(args) if math.prod(arg.global_shape or ()) * arg.dtype.itemsize <= CHUNK]
         read = await super().deserialize([infos[i] for i in small], [args[i] for i in small]) if small else []
         found = dict(zip(small, read, strict=True))
         return [found[i] if i in found else await _filled(infos[i], args[i]) for i in range(len(infos))]
@@ -84,7 +84,7 @@ async def _write(held: Any, spec: Any, *, byte_limiter: Any = None, **how: Any) 
     """In the place of Orbax's `async_serialize_from_host`, whose limit lets through all that a device holds of an array
     or nothing: the same for each row of chunks, without a limit where it is less than one of them.
     """
-    rows = spec.get("base", spec)["metadata"]["chunks"][:1]
+    rows = spec.get("base", spec)["metadata"].get("chunks", ())[:1]
     pieces = [piece for fragment in held.to_fragments().fragments for piece in _rows(fragment, *rows)]
     if max((piece.value.nbytes for piece in pieces), default=0) >= getattr(byte_limiter, "max_bytes", 0):
         byte_limiter = None

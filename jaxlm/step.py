@@ -197,7 +197,7 @@ def make(
             new["ema"] = optax.incremental_update(new["params"], state["ema"], 1.0 - ema)
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # fused with the update; a cond would copy
-        most = jnp.minimum(norm, guard.factor * progress["norm"])
+        most = jnp.where(progress["seen"] < guard.after, norm, jnp.minimum(norm, guard.factor * progress["norm"]))
         blend = jnp.where(progress["seen"] == 0, norm, 0.98 * progress["norm"] + 0.02 * most)
         new["progress"] = dict(
             step=progress["step"] + 1,

@@ -127,8 +127,8 @@ def test_a_checkpoint_of_one_device_is_read_on_eight(saved):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """The arrays of these tests are large ones, of many chunks."""
-    for name in ("CHUNK", "AHEAD"):
-        monkeypatch.setattr(chunks, name, 64)
+    monkeypatch.setattr(chunks, "CHUNK", 64)
+    monkeypatch.setattr(chunks, "AHEAD", 128)
 
 
 @pytest.mark.parametrize("before, after", [((1, 1, 1), (2, 2, 2)), ((2, 2, 2), (1, 8, 1)), ((1, 8, 1), (1, 1, 1))])

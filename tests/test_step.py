@@ -109,6 +109,14 @@ def test_gradients_that_have_risen_to_stay_are_followed_after_a_few_steps(bluepr
     assert skipped == [0, 0, 0, *range(1, 11), *[0] * 5], "1.18 ** 10 > 5"
 
 
+def test_gradients_of_nothing_at_first_make_no_spikes_of_all_that_come(blueprint, batch):
+    good = dict(batch, tokens=batch["tokens"].at[0, 0].set(1))
+    nothing = dict(batch, tokens=batch["tokens"].at[0, 0].set(0))
+    guard = step.Guard(factor=10.0, after=8)
+    _, metrics = run(blueprint, [nothing] + [good] * 12, optax.sgd(0.0), poisoned(0.0), guard=guard)
+    assert [int(m["skipped"]) for m in metrics] == [0] * 13 and metrics[0]["grad_norm"] == 0
+
+
 def test_a_batch_without_a_real_token_is_skipped(blueprint, batch):
     empty = dict(batch, weights=jnp.zeros_like(batch["weights"]))
     states, metrics = run(blueprint, [empty])

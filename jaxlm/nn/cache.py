@@ -130,7 +130,9 @@ class Cache:
         return _each(pick, (self.k_LBKSH,), (self.v_LBKSH,))
 
     def grow(self, tokens: int) -> "Cache":
-        """Count the `tokens` that all layers have written as taken slots of each row."""
+        """Count the `tokens` that all layers have written as taken slots of each row, which is to have room for them; a
+        single token is put there now.
+        """
         cache = self
         if tokens == 1 and self.k_LBKH is not None:
             put = lambda old, new_LBKH: _behind(old, new_LBKH[:, :, :, None], 0, self.lengths_B)  # noqa: E731

@@ -52,7 +52,7 @@ def memory(program: jax.stages.Compiled, platform: str) -> tuple[int, int]:
         raise Mistake("this compiler tells nothing about memory")
     passed = told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
     temporary = told.temp_size_in_bytes
-    if platform == "tpu":
+    if platform == "tpu" and told.peak_memory_in_bytes > passed:
         temporary = min(temporary, told.peak_memory_in_bytes - passed)
     return temporary, passed + temporary
 
