@@ -49,8 +49,9 @@ def handler() -> ocp.PyTreeCheckpointHandler:
     """What writes trees of arrays, and reads them, those that other handlers of Orbax wrote, too."""
     serialization.async_serialize_from_host = _write  # Orbax has no option for it
     kind = Arrays(min_slice_bytes_for_replica_parallel=CHUNK)
+    ahead: Any = AHEAD / 10**9  # of GB, which need not be whole though Orbax's annotation says int
     return ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_compression=False, restore_concurrent_gb=AHEAD / 10**9,  # type: ignore
+        use_ocdbt=False, use_compression=False, restore_concurrent_gb=ahead,
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, kind)),
     )  # fmt: skip
 
@@ -88,8 +89,8 @@ async def _write(held: Any, spec: Any, *, byte_limiter: Any = None, **how: Any) 
     pieces = [piece for fragment in held.to_fragments().fragments for piece in _rows(fragment, *rows)]
     if max((piece.value.nbytes for piece in pieces), default=0) >= getattr(byte_limiter, "max_bytes", 0):
         byte_limiter = None
-    in_pieces = SimpleNamespace(is_on_host=True, to_fragments=lambda: SimpleNamespace(fragments=pieces))
-    await _write_whole(in_pieces, spec, byte_limiter=byte_limiter, **how)  # type: ignore
+    in_pieces: Any = SimpleNamespace(is_on_host=True, to_fragments=lambda: SimpleNamespace(fragments=pieces))
+    await _write_whole(in_pieces, spec, byte_limiter=byte_limiter, **how)
 
 
 def _rows(fragment: Any, count: int = 0) -> list[Any]:

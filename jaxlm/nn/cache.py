@@ -155,12 +155,10 @@ class Cache:
         return dataclasses.replace(self, **picked, lengths_B=self.lengths_B[index_B])
 
     def unstacked(self) -> "Cache":
-        """The same with every layer's keys and values in an array of its own, in float32: a CPU would turn all of them
-        into it anew for each query.
-        """
+        """The same with every layer's keys and values in an array of its own."""
 
         def split(x_LBKSH):
-            return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]).astype(jnp.float32) for x_BKSH in x_LBKSH)
+            return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]) for x_BKSH in x_LBKSH)
 
         cache = self._with(_each(split, (self.k_LBKSH,), (self.v_LBKSH,)))
         return dataclasses.replace(cache, k_LBKH=None, v_LBKH=None)
