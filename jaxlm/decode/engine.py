@@ -204,7 +204,7 @@ class Engine:
             where = (state.prompts_B, at_B, state.limits_B)
             logits_BV = sampling.constrain(logits_BV[:, : self.vocab], tokens_BS, *where, stop_V, how)
             token_B = sampling.choose(logits_BV, jax.vmap(jax.random.fold_in)(state.key_B, at_B), how)
-            stuck_B = jnp.isneginf(logits_BV.max(axis=-1))  # constraints leave no token
+            stuck_B = jnp.isneginf(logits_BV[row_B, token_B])  # constraints leave no token
             done_B = state.done_B | stop_V[token_B] | stuck_B
             tokens_BS = tokens_BS.at[row_B, jnp.where(done_B, tokens_BS.shape[1], at_B)].set(token_B, mode="drop")
             cache = dataclasses.replace(cache, lengths_B=jnp.where(done_B, held, cache.lengths_B))

@@ -18,6 +18,8 @@ import numpy as np
 from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
 
+BLOCK = 128  # logits among which the highest is looked for at a time
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +140,13 @@ def constrain(
     seen, new_B = (tokens_BS, lengths_B), lengths_B - prompts_B
     logits_BV = _when((penalty_B != 1).any(), lambda x_BV: penalise_repeats(x_BV, *seen, penalty_B), logits_BV)
     logits_BV = _when((size_B > 0).any(), lambda x_BV: ban_ngrams(x_BV, *seen, size_B), logits_BV)
-    logits_BV = jnp.where(stop_V[None] & (new_B < how.min_new_tokens)[:, None], -jnp.inf, logits_BV)
+    early_B = (new_B < how.min_new_tokens)[:, None]
+    logits_BV = _when(early_B.any(), lambda x_BV: jnp.where(stop_V[None] & early_B, -jnp.inf, x_BV), logits_BV)
     forced_B = jnp.where(new_B == 0, how.forced_bos, -1)
     forced_B = jnp.where((lengths_B + 1 == limits_B) & (how.forced_eos >= 0), how.forced_eos, forced_B)[:, None]
-    alone_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] == forced_B, 0.0, -jnp.inf)
-    return jnp.where(forced_B >= 0, alone_BV, logits_BV)
+    alone_BV = lambda: jnp.where(jnp.arange(logits_BV.shape[1])[None] == forced_B, 0.0, -jnp.inf)  # noqa: E731
+    force = lambda x_BV: jnp.where(forced_B >= 0, alone_BV(), x_BV)  # noqa: E731
+    return _when((forced_B >= 0).any(), force, logits_BV)
 
 
 @shaped
@@ -151,7 +155,7 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, how: Sampling) -> jax.Array:
 
     A row's draw depends on its own logits, key and options alone.
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    greedy_B = likeliest(logits_BV)
 
     def draw(logits_BV):
         logits_BV = logits_BV / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
@@ -161,6 +165,18 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, how: Sampling) -> jax.Array:
         return jnp.where(how.temperature > 0, drawn_B.astype(jnp.int32), greedy_B)
 
     return jax.lax.cond((how.temperature > 0).any(), draw, lambda _: greedy_B, logits_BV)
+
+
+@shaped
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first token of those with the highest logit [B]. The maxima of blocks come first: a mere maximum is what a
+    CPU is fast at, while one that knows its place takes four times as long for 50,257 logits.
+    """
+    B, V = logits_BV.shape
+    blocks = jnp.pad(logits_BV, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf).reshape(B, -1, BLOCK)
+    block_B = jnp.argmax(blocks.max(axis=-1), axis=-1)
+    within = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
+    return (block_B * BLOCK + jnp.argmax(within, axis=-1)).astype(jnp.int32)
 
 
 def _when(wanted: jax.Array, change: Any, x: jax.Array) -> jax.Array:

@@ -64,6 +64,14 @@ def test_temperature_zero_takes_the_likeliest_whatever_else_is_asked():
     assert set(draws(rows=50, temperature=0.0, top_p=0.9, top_k=3).tolist()) == {0}
 
 
+@pytest.mark.parametrize("vocab", [1, 6, sampling.BLOCK, sampling.BLOCK + 1, 1000])
+def test_the_likeliest_is_the_first_of_the_highest_wherever_it_stands(vocab):
+    rng = np.random.default_rng(vocab)
+    logits_BV = rng.integers(-3, 3, (40, vocab)).astype(np.float32)  # with ties, in one block and across blocks
+    logits_BV[0], logits_BV[1, : vocab // 2] = -np.inf, -np.inf
+    np.testing.assert_array_equal(jax.jit(sampling.likeliest)(logits_BV), logits_BV.argmax(axis=-1))
+
+
 def test_equally_likely_tokens_are_kept_or_cut_together():
     kept = sampling.top_k(jnp.array([[1.0, 3.0, 1.0, 0.0]]), jnp.array([2]))
     np.testing.assert_array_equal(kept, [[1.0, 3.0, 1.0, -np.inf]])
