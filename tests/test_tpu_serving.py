@@ -64,3 +64,11 @@ def test_a_device_holds_its_part_of_the_weights_in_the_dtype_of_products(name, m
     given = served.decode.memory_analysis()
     assert given is not None
     assert given.argument_size_in_bytes < 1.1 * (held(served.params) + held(served.state)) + 2**20
+
+
+@pytest.mark.parametrize("name, mesh", [simple(name, mesh) for name in ("gpt2", "llama") for mesh in MESHES])
+def test_prompts_are_read_by_the_kernel(name, mesh):
+    served = assemble(name, mesh)
+    assert served.prefill is not None
+    calls = [op for op in hlo.read(served.prefill.as_text() or "") if "seen_" in op.scope]
+    assert calls, "the cache is empty, so a prompt looks at itself alone"

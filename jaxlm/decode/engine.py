@@ -179,7 +179,8 @@ class Engine:
             where = dict(prefix_BT=real_BT) if self.both_ways else {}
             cache = model.hidden(tokens_BT, cache=model.empty_cache(B, slots), **where)[1]
             tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, slots - T)))
-        cache = dataclasses.replace(cache, lengths_B=lengths_B - 1)  # the last token is read by the first step
+        # The last token is read by the first step.
+        cache = dataclasses.replace(cache, lengths_B=lengths_B - 1, fresh=False)
         if origin_B is not None:
             cache, tokens_BS, lengths_B = cache.rows(origin_B), tokens_BS[origin_B], lengths_B[origin_B]
         key_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(name_B)

@@ -255,13 +255,17 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, mask: Mask, angles: tuple[jax.Array, jax.Array] | None = None,
         cache: Cache | None = None, layer: jax.Array | None = None, bias: Bias | None = None,
     ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
-        """Attend among x, or over the cache of `layer` after writing x's keys and values to it."""
+        """Attend among x, or over the cache of `layer` after writing x's keys and values to it; over an empty one, that
+        is among x, by any backend.
+        """
         q_BNTH = self._queries(x_BTD)
         k_BKTH, v_BKTH = self.keys_values(x_BTD)
         if angles is not None:
             q_BNTH, k_BKTH = positions.rotate(q_BNTH, angles), positions.rotate(k_BKTH, angles)
         k_BKSH, v_BKSH = (axes.constrain(x, "BKTH", N=q_BNTH.shape[1]) for x in (k_BKTH, v_BKTH))
-        if cache is not None and layer is not None:
+        if cache is not None and layer is not None and cache.fresh:
+            cache = cache.write(layer, k_BKTH, v_BKTH)
+        elif cache is not None and layer is not None:
             cache, k_BKSH, v_BKSH = cache.extend(layer, k_BKTH, v_BKTH)
             mask = dataclasses.replace(mask, offset_B=cache.lengths_B, prefix_BT=_padded(mask.prefix_BT, k_BKSH))
         return self._out(x_BTD, q_BNTH, k_BKSH, v_BKSH, mask, bias), cache

@@ -43,6 +43,8 @@ class Cache:
     real: jax.Array | None = None
     k_LBKH: jax.Array | None = None  # of the token that the layers of a stack are reading; None where there is no stack
     v_LBKH: jax.Array | None = None
+    # Whether a program that is traced may count on all rows being empty: new tokens then look at each other alone.
+    fresh: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @classmethod
     def empty(
@@ -57,7 +59,7 @@ class Cache:
         empty = lambda letters: axes.constrain(jnp.zeros([sizes[x] for x in letters], dtype), letters)  # noqa: E731
         k_LBKSH, v_LBKSH = empty("LBKSH"), empty("LBKSH") if values else None
         k_LBKH, v_LBKH = empty("LBKH"), empty("LBKH") if values else None
-        return cls(k_LBKSH, v_LBKSH, jnp.zeros(batch, jnp.int32), k_LBKH=k_LBKH, v_LBKH=v_LBKH)
+        return cls(k_LBKSH, v_LBKSH, jnp.zeros(batch, jnp.int32), k_LBKH=k_LBKH, v_LBKH=v_LBKH, fresh=True)
 
     @shaped
     def remember(self, blocks: Any, memory_BSD: jax.Array, real_BS: jax.Array) -> "Cache":
@@ -137,7 +139,7 @@ class Cache:
         if tokens == 1 and self.k_LBKH is not None:
             put = lambda old, new_LBKH: _behind(old, new_LBKH[:, :, :, None], 0, self.lengths_B)  # noqa: E731
             cache = self._with(_each(put, (self.k_LBKSH, self.k_LBKH), (self.v_LBKSH, self.v_LBKH)))
-        return dataclasses.replace(cache, lengths_B=self.lengths_B + tokens)
+        return dataclasses.replace(cache, lengths_B=self.lengths_B + tokens, fresh=False)
 
     def rows(self, index_B: jax.Array) -> "Cache":
         """The rows of the given numbers, which may repeat. What they read of an encoder stays: each input is to have as
