@@ -1,6 +1,7 @@
 """`jaxlm plan`: what a run will need and take on devices that are not here."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -118,3 +119,14 @@ def test_an_attention_kernel_is_counted_with_and_without_an_axis_for_its_rows():
     other = Operation("my_kernel.1", "custom-call", 1, 0, (), (), "", "")
     assert Cost([other], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1).uncounted == ["my_kernel.1"]
     assert seconds() == pytest.approx(wanted) and seconds(3) == pytest.approx(3 * wanted)
+
+
+@pytest.mark.parametrize("stride, slices, crosses", [(1, 1, False), (7, 1, False), (3, 2, False), (4, 2, True)])
+def test_only_what_leaves_its_slice_takes_the_slow_network(stride, slices, crosses):
+    """The last of a ring sends to the first, as far away as the ring is long, and stays in the slice."""
+    sizes = (("bf16", (1000,)),)
+    permute = Operation("permute.1", "collective-permute", 1, 0, sizes, (), "", "", group=2, stride=stride)
+    chip = chips.CHIPS["TPU v5 lite"]
+    mesh = types.SimpleNamespace(size=8, shape=dict(data=8))
+    taken = Cost([permute], mesh, chip, (2, 4, 1), slices).exposed
+    assert taken == 2000 / (chip.outside if crosses else chip.within(2, (2, 4, 1)))
