@@ -19,13 +19,11 @@ def get_config(size: str = "full") -> ConfigDict:
         validation=0.05,
     )
     c.objective = dict(name="electra")
-    c.length, c.batch = 128, 32
+    c.length, c.batch = 64, 32
 
-    c.model = dict(
-        name="bert", layers=2, width=128, heads=4, mlp_width=512, context=128, generator=1, pooled=False, next=False
-    )
-    c.optimizer = dict(name="adamw", lr=1e-3, schedule="linear", warmup=100, final=0.0, weight_decay=0.01, clip=1.0)
-    c.every = dict(log=50, eval=500, save=100)
+    c.model = dict(name="modernbert", layers=3, width=128, heads=4, mlp_width=256, context=128, every=1, generator=1)
+    c.optimizer = dict(name="muon", lr=1e-2, schedule="linear", warmup=100, final=0.0, weight_decay=0.1, clip=1.0)
+    c.every = dict(log=50, eval=250, save=250)
     if size == "tiny":
         c.length, c.batch = 32, 2
         c.optimizer["warmup"] = 1

@@ -21,7 +21,7 @@ from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.linear import Head, dense, dropout, embed, normal, stream, zeros
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.masked import transformed
+from jaxlm.nn.masked import Replaced, transformed
 from jaxlm.nn.mlp import GELU, MLP, Dense
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import scan, stacked
@@ -101,8 +101,7 @@ class Model(nnx.Module):
         self.next_DC = normal(rngs, c.width, 2, std=0.02) if c.next else None
         self.next_C = zeros(2) if c.next else None
         self.generator = stacked(lambda rngs: Block(c, rngs=rngs), c.generator, rngs) if c.generator else None
-        self.replaced = Dense(c.width, rngs=rngs) if c.generator else None
-        self.replaced_D = normal(rngs, c.width, std=0.02) if c.generator else None
+        self.guessed = Replaced(c.width, rngs=rngs) if c.generator else None
 
     @property
     def head(self) -> Head:
@@ -156,12 +155,6 @@ class Model(nnx.Module):
         if self.next_DC is None:
             raise Mistake("this model has no head for the next sentence (config.model.next=False)")
         return dense(pooled_BD, self.next_DC, self.next_C).astype(jnp.float32)
-
-    @shaped
-    def guessed(self, x_BTD):
-        """Logits [B, T] in float32: a token is a generator's guess, and not the text's own."""
-        assert self.replaced is not None and self.replaced_D is not None
-        return GELU(self.replaced(x_BTD)).astype(jnp.float32) @ self.replaced_D[...]
 
 
 _LARGE = dict(layers=24, width=1024, heads=16, mlp_width=4096)

@@ -20,7 +20,7 @@ from jaxlm.nn import positions, tables
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.linear import Head, dropout, embed, normal, stream, zeros
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.masked import transformed
+from jaxlm.nn.masked import Replaced, transformed
 from jaxlm.nn.mlp import GELU, Dense, GatedMLP
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import scan, stacked
@@ -47,6 +47,7 @@ class Config:
     rope_base: float = 160_000.0
     rope_base_local: float = 10_000.0
     masked: bool = True  # the head that predicts masked tokens
+    generator: int = 0  # layers that guess masked tokens, for ELECTRA; the model's own tell which tokens are guesses
     dropout: float = 0.0
     norm_eps: float = 1e-5
     attention: str = "auto"
@@ -98,15 +99,22 @@ class Model(nnx.Module):
         self.transform = Dense(c.width, bias=False, rngs=rngs) if c.masked else None
         self.transform_norm = LayerNorm(c.width, c.norm_eps, bias=False) if c.masked else None
         self.bias_V = zeros(c.vocab) if c.masked else None
+        self.generator = stacked(lambda rngs: Block(c, rngs=rngs), c.generator, rngs) if c.generator else None
+        self.guessed = Replaced(c.width, rngs=rngs) if c.generator else None
 
     @property
     def head(self) -> Head:
         return Head(self.embed_VD[...], None if self.bias_V is None else self.bias_V[...])
 
     @shaped
-    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, types_BT=None, key=None):
-        """Final hidden states [B, T, D] and None (no cache); padding has segment 0. A `key` means dropout."""
+    def hidden(self, tokens_BT, *, segments_BT=None, positions_BT=None, types_BT=None, key=None, generator=False):
+        """Final hidden states [B, T, D] and None (no cache), the model's own or its generator's; padding has segment 0.
+        A `key` means dropout.
+        """
         c = self.config
+        blocks, layers = (self.generator, c.generator) if generator else (self.blocks, c.layers)
+        if blocks is None:
+            raise Mistake("this model has no generator (config.model.generator=0)")
         if tokens_BT.shape[1] > c.context:
             raise Mistake(f"modernbert: {tokens_BT.shape[1]} tokens, but config.model.context={c.context}")
         if types_BT is not None:
@@ -114,7 +122,7 @@ class Model(nnx.Module):
         if positions_BT is None:
             positions_BT = positions.of(tokens_BT, segments_BT)
         wide, near = (positions.angles(positions_BT, c.head_width, x) for x in (c.rope_base, c.rope_base_local))
-        keys = [None] * 2 if key is None else [jax.random.fold_in(key, c.layers), jax.random.split(key, c.layers)]
+        keys = [None] * 2 if key is None else [jax.random.fold_in(key, layers), jax.random.split(key, layers)]
         x_BTD = self.norm(embed(self.embed_VD, tokens_BT, c.dtype), stream(c.dtype))
         x_BTD = axes.constrain(dropout(x_BTD, c.dropout, keys[0]), "BTD")
 
@@ -123,9 +131,9 @@ class Model(nnx.Module):
             mask = dataclasses.replace(mask, window=None if is_global else c.window // 2 + 1)
             return block(x_BTD, mask, wide if is_global else near, key, first=first)
 
-        kinds = [(layer == 0, is_global) for layer, is_global in enumerate(c.is_global)]
+        kinds = [(layer == 0, layer % c.every == 0) for layer in range(layers)]
         rows = (Mask(causal=False, segments_BT=segments_BT), wide, near)
-        x_BTD = scan(self.blocks, x_BTD, step, keys[1], rows=rows, remat=c.remat, kinds=kinds)
+        x_BTD = scan(blocks, x_BTD, step, keys[1], rows=rows, remat=c.remat, kinds=kinds)
         return self.last(x_BTD, jnp.dtype(c.dtype)), None
 
     @shaped

@@ -58,7 +58,8 @@ def loss(
     those it names are (precision) and how many of those that are it names (recall). Without a key: no dropout.
     """
     if getattr(model, "generator", None) is None:
-        raise Mistake("the objective 'electra' needs a generator: name=\"bert\" with config.model.generator=1 or more")
+        named = 'name="bert" or "modernbert" with config.model.generator=1 or more'
+        raise Mistake(f"the objective 'electra' needs a generator: {named}")
     tokens, segments = batch["tokens"], batch["segments"]
     keys = (None, None) if key is None else jax.random.split(key)
     x_BTD, _ = model.hidden(tokens, segments_BT=segments, key=keys[0], generator=True)

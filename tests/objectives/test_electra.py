@@ -110,19 +110,22 @@ def test_the_models_loss_does_not_teach_the_generators_layers():
     assert np.abs(both["embed_VD"] - alone["embed_VD"]).max() > 1e-3, "both teach the embeddings"
 
 
-def test_the_generator_reads_and_drops_as_the_model_does():
-    blueprint = model(dropout=0.5)
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_the_generator_reads_and_drops_as_the_model_does(name):
+    blueprint, own = model(name=name, dropout=0.5), noisy(model(name=name))
     read = jax.jit(lambda p, t, key: blueprint.bind(p).hidden(t, key=key, generator=True)[0])
     tokens = batch()["tokens"]
-    one, again, other = (read(params(), tokens, jax.random.key(k)) for k in (1, 1, 2))
+    one, again, other = (read(own, tokens, jax.random.key(k)) for k in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3
-    packed_ = jax.jit(lambda p, t, s: model().bind(p).hidden(t, segments_BT=s, generator=True)[0])
+    packed_ = jax.jit(lambda p, t, s: model(name=name).bind(p).hidden(t, segments_BT=s, generator=True)[0])
     segments = batch()["segments"]
     first = int((segments[0] == 1).sum())
     changed = tokens.at[:, :first].set(7)
-    same = packed_(params(), tokens, segments)[:, first:], packed_(params(), changed, segments)[:, first:]
+    same = packed_(own, tokens, segments)[:, first:], packed_(own, changed, segments)[:, first:]
     np.testing.assert_array_equal(*same)
+    models_own = blueprint.bind(own).hidden(tokens, segments_BT=segments)[0]
+    assert np.abs(models_own - packed_(own, tokens, segments)).max() > 1e-3, "its layers are others"
 
 
 def test_a_model_without_a_generator_is_refused():
