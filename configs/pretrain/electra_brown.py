@@ -1,7 +1,15 @@
-"""not measured: A small ELECTRA on the Brown corpus: its generator has one layer, and the model two.
+"""An ELECTRA of 1.2 M parameters on the Brown corpus: of ModernBERT's layers one is the generator, three the model.
 
-jaxlm prepare --config=configs/pretrain/bert_brown.py                  the same store
-jaxlm train --config=configs/pretrain/electra_brown.py --workdir=runs/electra_brown
+    jaxlm prepare --config=configs/pretrain/bert_brown.py --config.prepare.sources.brown=jsonl:PATH/*.jsonl.gz
+    jaxlm train --config=configs/pretrain/electra_brown.py --workdir=runs/electra_brown
+
+The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line; the store is bert_brown.py's.
+
+2 CPU cores with much other work, 10 min of training: the generator's masked tokens of held-out text cost 6.57, 6.07,
+5.75, 5.45 and 5.32 nats after 250, 500, 750, 1,000 and 1,200 steps, and 14.6 % are found; what the frequencies of
+tokens alone give is 6.60. To tell guesses from the text's own tokens costs the model 0.425, 0.421, 0.418, 0.413 and
+0.410 nats a token, where their share alone, one in seven, gives 0.417: it has begun to, and names none of them yet.
+BERT's layers, whose positions are learned, stay at the frequencies of either for as long (6.67 after 500).
 """
 
 from ml_collections import ConfigDict
