@@ -343,7 +343,7 @@ def _place(old: Any, part: np.ndarray, at: tuple[int, ...], shape: tuple[int, ..
     inner = NamedSharding(place.mesh, PartitionSpec(*spec[len(at) :]))
     layer = jax.device_put(np.ascontiguousarray(part, np.float32), inner)
     if old is None:
-        old = jax.jit(lambda: jax.numpy.zeros(shape, np.float32), out_shardings=place)()
+        old = _zeros(shape, place)()
     return _set(place)(old, layer, np.array(at, np.int32))
 
 
@@ -353,6 +353,11 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     bytes_ = np.empty(size + 63, np.uint8)
     first = -bytes_.ctypes.data % 64
     return bytes_[first : first + size].view(np.float32).reshape(shape)
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], place: NamedSharding) -> Callable:
+    return jax.jit(lambda: jax.numpy.zeros(shape, np.float32), out_shardings=place)
 
 
 @functools.cache

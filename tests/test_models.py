@@ -34,11 +34,6 @@ def kind(name):
     return blueprint(name).kind
 
 
-def backed(name, backend):
-    """The model with this backend of its attention; None for one that has no attention, and is what it is."""
-    return blueprint(name) if backend is None else blueprint(name, attention=backend)
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def name(request):
     return request.param
@@ -79,29 +74,66 @@ def tokens_BT():
     return jax.random.randint(jax.random.key(0), (2, T), 0, V)
 
 
+# Compiling is what takes the time: a family's programs are compiled once, for rows of T tokens.
+
+
 @functools.cache
-def reader(name, backend):
-    return jax.jit(lambda p, t, w: read(backed(name, backend).bind(p), t, **w))
+def reader(name, **more):
+    return jax.jit(lambda p, t, w: read(blueprint(name, **more).bind(p), t, **w))
 
 
-def logits_of(name, params, tokens_BT, **where):
-    return reader(name, where.pop("backend", None))(params, tokens_BT, where)
+def logits_of(name, params, tokens_BT, backend=None, **where):
+    """From the program of the family, or of its model with this backend of its attention."""
+    return reader(name, **({"attention": backend} if backend else {}))(params, tokens_BT, where)
+
+
+def alone(name, params, tokens_BT, backend=None):
+    """Logits of short rows that nothing stands beside; a decoder's in front of what cannot change them."""
+    length = tokens_BT.shape[1]
+    rows_BT = jnp.pad(tokens_BT, ((0, 0), (0, T - length))) if kind(name) == "decoder" else tokens_BT
+    return logits_of(name, params, rows_BT, backend)[:, :length]
+
+
+def gradient_of(name, **more):
+    """The weighted sum of all tokens' losses, and its gradients: by parameters and a batch of 8 rows."""
+    return lambda p, batch: jax.value_and_grad(lambda p: objective(blueprint(name, **more).bind(p), batch))(p)
+
+
+@functools.cache
+def gradient(name, **more):
+    return jax.jit(gradient_of(name, **more))
+
+
+def eight(row):
+    """A batch of one row and of 7 that hold nothing."""
+    return {k: jnp.pad(jnp.asarray(x)[None], ((0, 7), (0, 0))) for k, x in row.items()}
+
+
+@functools.cache
+def packed():
+    """Eight rows of one document to three, and padding, no two rows alike; weights that make the loss a mean."""
+    tokens = np.random.default_rng(0).integers(0, V, (8, T))
+    first = np.asarray([2, 3, 4, 5, 6, 8, 10, 12])[:, None]
+    segments = 1 + (np.arange(T) >= first) + (np.arange(T) >= 2 * first)
+    segments[::3, -2:] = 0
+    weights = (segments > 0).astype(np.float32)
+    return dict(tokens=tokens, segments=segments, labels=tokens * 7 % V, weights=weights / weights.sum())
 
 
 THOROUGH = ("llama", "bert")  # a decoder and an encoder in every backend; tests/nn holds each backend to the reference
 
 
 def with_backend(names):
-    """Every family in the default backend, if it has any; those of `THOROUGH` in all."""
-    pairs = [(n, b) for n in names for b in (BACKENDS if n in THOROUGH else ["auto"])]
-    pairs = [(n, b if hasattr(blueprint(n).config, "attention") else None) for n, b in pairs]
+    """Every family as it is; those of `THOROUGH` in every other backend, too."""
+    others = [b for b in BACKENDS if b != "xla"]  # what `auto` is here
+    pairs = [(n, b) for n in names for b in (None, *(others if n in THOROUGH else ()))]
     return pytest.mark.parametrize("name, backend", pairs, indirect=["name"], scope="module")
 
 
 @with_backend(DECODERS)
 def test_the_future_cannot_change_the_past(name, params, tokens_BT, backend):
-    before = logits_of(name, params, tokens_BT, backend=backend)
-    after = logits_of(name, params, tokens_BT.at[:, 7].add(1) % V, backend=backend)
+    before = logits_of(name, params, tokens_BT, backend)
+    after = logits_of(name, params, tokens_BT.at[:, 7].add(1) % V, backend)
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.abs(before[:, 7:] - after[:, 7:]).max(axis=(0, 2)).min() > 1e-4, "and it must change every later token"
 
@@ -112,79 +144,74 @@ UNABLE = [("t5", "splash"), ("t5", "triton"), ("gemma", "triton")]
 @pytest.mark.parametrize("name, backend", UNABLE, indirect=["name"])
 def test_a_backend_that_is_not_able_says_so(name, tokens_BT, backend):
     with pytest.raises(lookup.Mistake, match=f"'{backend}': .*; choose 'xla' or 'chunked'"):
-        logits_of(name, fresh(name), tokens_BT, backend=backend)
+        logits_of(name, fresh(name), tokens_BT, backend)
 
 
 @with_backend(MODELS)
 def test_a_packed_neighbour_changes_nothing(name, params, tokens_BT, backend):
     segments_BT = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3] * 2)
-    packed = logits_of(name, params, tokens_BT, segments_BT=segments_BT, backend=backend)
-    alone = logits_of(name, params, tokens_BT[:, 5:9], backend=backend)
-    np.testing.assert_allclose(packed[:, 5:9], alone, atol=1e-5)
-    swapped = logits_of(name, params, tokens_BT.at[:, :5].set(3), segments_BT=segments_BT, backend=backend)
-    np.testing.assert_array_equal(packed[:, 5:9], swapped[:, 5:9])
+    beside = logits_of(name, params, tokens_BT, backend, segments_BT=segments_BT)
+    np.testing.assert_allclose(beside[:, 5:9], alone(name, params, tokens_BT[:, 5:9], backend), atol=1e-5)
+    swapped = logits_of(name, params, tokens_BT.at[:, :5].set(3), backend, segments_BT=segments_BT)
+    np.testing.assert_array_equal(beside[:, 5:9], swapped[:, 5:9])
 
 
 @with_backend(MODELS)
 def test_a_packed_neighbour_changes_no_gradient(name, params, tokens_BT, backend):
     """The gradient of two packed documents is the sum of each one's own."""
-    model = backed(name, backend)
-    run = jax.jit(jax.grad(lambda p, batch: objective(model.bind(p), batch)))
+    run = gradient(name, **({"attention": backend} if backend else {}))
 
-    def gradient(tokens, segments):
+    def of(tokens, segments):
         row = {"tokens": np.asarray(tokens), "segments": np.asarray(segments)}
         if kind(name) == "decoder":
-            row = clm.features(row)
+            row = clm.features({k: np.append(x, 0) for k, x in row.items()})
         else:  # any label, for every token
             row |= {"labels": row["tokens"] * 7 % V, "weights": (row["segments"] > 0).astype(np.float32)}
-        return run(params, {k: jnp.asarray(v)[None] for k, v in row.items()})
+        return run(params, eight(row))[1]
 
     document = np.asarray(tokens_BT[0])
-    both = gradient(document, [1] * 5 + [2] * 7)
-    first = gradient(np.pad(document[:5], (0, 7)), [1] * 5 + [0] * 7)
-    second = gradient(np.pad(document[5:], (0, 5)), [1] * 7 + [0] * 5)
+    both = of(document, [1] * 5 + [2] * 7)
+    first = of(np.pad(document[:5], (0, 7)), [1] * 5 + [0] * 7)
+    second = of(np.pad(document[5:], (0, 5)), [1] * 7 + [0] * 5)
     jax.tree.map(lambda b, x, y: np.testing.assert_allclose(b, x + y, atol=2e-4), both, first, second)
+
+
+@functools.cache
+def with_cache(name):
+    return jax.jit(lambda p, t, c: blueprint(name).bind(p)(t, cache=c))
 
 
 @decoders
 def test_one_token_at_a_time_equals_one_pass(name, params, tokens_BT):
-    model = blueprint(name)
-    step = jax.jit(lambda p, t, c: model.bind(p)(t, cache=c))
-    cache, got = model.bind(params).empty_cache(2, 16), []
+    cache, got = blueprint(name).bind(params).empty_cache(2, 16), []
     for at in (slice(0, 5), *(slice(t, t + 1) for t in range(5, T))):
-        logits, cache = step(params, tokens_BT[:, at], cache)
+        logits, cache = with_cache(name)(params, tokens_BT[:, at], cache)
         got.append(logits)
     np.testing.assert_allclose(jnp.concatenate(got, 1), logits_of(name, params, tokens_BT), atol=1e-5)
 
 
 @decoders
 def test_rows_of_different_lengths_decode_as_if_alone(name, params, tokens_BT):
-    model = blueprint(name)
-    read = jax.jit(lambda p, t, c: model.bind(p)(t, cache=c))
-    _, cache = read(params, tokens_BT[:, :6], model.bind(params).empty_cache(2, 16))
-    cache = dataclasses.replace(cache, lengths_B=jnp.asarray([6, 3]))  # the second row's last three were padding
-    logits, _ = read(params, tokens_BT[:, 6:7], cache)
-    alone = jnp.concatenate([tokens_BT[1:, :3], tokens_BT[1:, 6:7]], axis=1)
-    np.testing.assert_allclose(logits[1], logits_of(name, params, alone)[0, -1:], atol=1e-5)
+    _, cache = with_cache(name)(params, tokens_BT[:, :5], blueprint(name).bind(params).empty_cache(2, 16))
+    cache = dataclasses.replace(cache, lengths_B=jnp.asarray([5, 3]))  # the second row's last two were padding
+    logits, _ = with_cache(name)(params, tokens_BT[:, 5:6], cache)
+    rows = jnp.concatenate([tokens_BT[:, :3], tokens_BT[:, 5:6]], axis=1)
+    np.testing.assert_allclose(logits[1], alone(name, params, rows)[1, -1:], atol=1e-5)
 
 
 def test_padding_changes_nothing(name, params, tokens_BT):
-    padded = jnp.pad(tokens_BT, ((0, 0), (0, 5)))
-    where = {} if kind(name) == "decoder" else {"segments_BT": (jnp.arange(T + 5) < T).astype(int)[None].repeat(2, 0)}
-    np.testing.assert_allclose(
-        logits_of(name, params, padded, **where)[:, :T], logits_of(name, params, tokens_BT), atol=1e-5
-    )
+    padded = logits_of(name, params, tokens_BT, segments_BT=(jnp.arange(T) < 4).astype(int)[None].repeat(2, 0))
+    np.testing.assert_allclose(padded[:, :4], alone(name, params, tokens_BT[:, :4]), atol=1e-5)
 
 
 @decoders
 def test_the_loss_is_that_of_the_logits(name, params, tokens_BT):
     """What is trained and scored chunk by chunk, without the logits, has whatever the family does to them."""
-    segments_BT = jnp.ones_like(tokens_BT)
-    batch = {"tokens": tokens_BT, "labels": tokens_BT[:, ::-1], "weights": jnp.ones((2, T)), "segments": segments_BT}
-    logits_BTV = logits_of(name, params, tokens_BT, segments_BT=segments_BT)
-    want = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch["labels"][..., None], -1).sum()
-    model = blueprint(name)
-    assert jax.jit(lambda p: objective(model.bind(p), batch))(params) == pytest.approx(float(want), rel=1e-5)
+    labels, segments_BT = tokens_BT[0, ::-1], jnp.ones_like(tokens_BT)
+    log_probs = jax.nn.log_softmax(logits_of(name, params, tokens_BT, segments_BT=segments_BT)[0])
+    row = {"tokens": tokens_BT[0], "labels": labels, "weights": jnp.ones(T), "segments": segments_BT[0]}
+    found, _ = gradient(name)(params, eight(row))
+    assert found == pytest.approx(-float(log_probs[jnp.arange(T), labels].sum()), rel=1e-5)
 
 
 STEPS = {"gemma": 120, "rnn": 120}  # of families that take longer than 60 to learn a row by heart
@@ -193,21 +220,21 @@ STEPS = {"gemma": 120, "rnn": 120}  # of families that take longer than 60 to le
 def test_it_overfits_one_batch(name):
     import optax
 
-    model = blueprint(name)
-    row = {"tokens": np.random.default_rng(0).integers(0, V, T + 1), "segments": np.ones(T + 1, int)}
-    batch = {k: jnp.asarray(v)[None] for k, v in clm.features(row).items()}
+    tokens = np.random.default_rng(0).integers(0, V, T + 1)
+    row = clm.features({"tokens": tokens, "segments": np.ones(T + 1, int)})
+    batch = eight(row | {"weights": row["weights"] / T})
     tx = optax.adam(1e-2)
 
     @jax.jit
-    def update(params, opt):
-        mean, grads = jax.value_and_grad(lambda p: objective(model.bind(p), batch) / T)(params)
+    def update(params, opt, grads):
         updates, opt = tx.update(grads, opt)
-        return optax.apply_updates(params, updates), opt, mean
+        return optax.apply_updates(params, updates), opt
 
     params = fresh(name)
     opt, first = tx.init(params), None
     for _ in range(STEPS.get(name, 60)):
-        params, opt, mean = update(params, opt)
+        mean, grads = gradient(name)(params, batch)
+        params, opt = update(params, opt, grads)
         first = mean if first is None else first
     if name == "t5":  # its paper draws a head of logits around 1
         assert np.log(V) < first < np.log(V) + 1.5
@@ -217,45 +244,25 @@ def test_it_overfits_one_batch(name):
 
 
 @pytest.mark.parametrize("name, remat", [*((n, "full") for n in MODELS), ("llama", "dots")], indirect=["name"])
-def test_rematerialisation_changes_no_gradient(name, params, tokens_BT, remat):
-    def gradient(remat):
-        model = blueprint(name, remat=remat)
-        return jax.jit(jax.grad(lambda p: read(model.bind(p), tokens_BT).var()))(params)
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(remat), gradient("none"))
+def test_rematerialisation_changes_no_gradient(name, params, remat):
+    got, want = (gradient(name, **more)(params, packed())[1] for more in (dict(remat=remat), {}))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
 
 
 def test_dropout_acts_only_with_a_key_and_differs_by_layer_and_key(name, params, tokens_BT):
-    model = blueprint(name, dropout=0.5)
-    run = jax.jit(lambda p, t, key: read(model.bind(p), t, key=key))
-    still = jax.jit(lambda p, t: read(model.bind(p), t))(params, tokens_BT)
-    np.testing.assert_array_equal(still, logits_of(name, params, tokens_BT))
-    one, again, other = (run(params, tokens_BT, jax.random.key(k)) for k in (1, 1, 2))
+    run = reader(name, dropout=0.5)
+    still, usual = (program.lower(params, tokens_BT, {}).as_text() for program in (run, reader(name)))
+    assert still == usual, "without a key it is the program of a model without dropout"
+    one, again, other = (run(params, tokens_BT, {"key": jax.random.key(k)}) for k in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3
 
 
 def test_bfloat16_stays_near_float32_and_gives_float32_logits(name, params, tokens_BT):
-    half = blueprint(name, dtype="bfloat16")
-    rounded = jax.jit(lambda p, t: read(half.bind(p), t))(params, tokens_BT)
+    rounded = reader(name, dtype="bfloat16")(params, tokens_BT, {})
     exact = logits_of(name, params, tokens_BT)
     assert rounded.dtype == jnp.float32
     assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
-
-
-@functools.cache
-def gradient(name):
-    """Loss and gradients over all tokens, whatever is behind them; and what one device makes of `noisy` parameters."""
-    model = blueprint(name)
-
-    def both(p, t):
-        batch = {"tokens": t, "labels": t, "weights": jnp.ones(t.shape), "segments": jnp.ones(t.shape, jnp.int32)}
-        return jax.value_and_grad(lambda p: objective(model.bind(p), batch) / t.size)(p)
-
-    return both, jax.jit(both)(noisy(blueprint(name)), EIGHT_BT)
-
-
-EIGHT_BT = jax.random.randint(jax.random.key(0), (8, T), 0, V)
 
 
 MIXED = [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)]
@@ -271,11 +278,11 @@ def split(name, sizes):
     "name, sizes", [split(n, s) for n in MODELS for s in MIXED + ALONE], indirect=["name"], scope="module", ids=str
 )
 def test_eight_devices_compute_what_one_does(name, params, sizes):
-    both, (want, want_grads) = gradient(name)
+    want, want_grads = gradient(name)(params, packed())
     mesh = axes.mesh(**sizes)
     with axes.on(mesh):
         placed = jax.device_put(params, axes.shardings(params, mesh))
-        got, grads = jax.jit(both)(placed, axes.put({"tokens": np.asarray(EIGHT_BT)}, 8, mesh)["tokens"])
+        got, grads = jax.jit(gradient_of(name))(placed, axes.put(packed(), 8, mesh))
     assert got == pytest.approx(float(want), abs=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, want_grads)
 

@@ -1,10 +1,11 @@
-"""Rows whose tokens lie on several devices: the same losses and gradients, and no more sent than is needed."""
+"""Rows whose tokens lie on several devices: the same losses and gradients, and no more sent than is needed.
 
-import functools
+Where `tensor` alone splits them it is tests/test_models.py that shows it, for every family.
+"""
+
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,50 +13,28 @@ from jaxlm import axes
 from tests import test_models as families
 from tests.trees import noisy
 
-B, T = 4, 16
 NAMES = ("gpt2", "llama", "mixtral", "bert", "t5")
 WAYS = {  # meshes of eight devices, and how tokens find each other
     "ring": (dict(data=2, sequence=4), "ring"),
     "alltoall": (dict(data=2, sequence=4), "alltoall"),
     "with tensor and fsdp": (dict(fsdp=2, sequence=2, tensor=2), "auto"),
     "ring, with tensor and fsdp": (dict(fsdp=2, sequence=2, tensor=2), "ring"),
-    "tensor": (dict(data=4, tensor=2), "auto"),
     "with tensor and expert": (dict(expert=2, sequence=2, tensor=2), "auto"),
 }
-
-
-def batch():
-    """Rows of several documents, and padding."""
-    tokens = np.random.default_rng(0).integers(0, families.V, (B, T))
-    segments = np.asarray([[1] * 5 + [2] * 6 + [3] * 5, [1] * 16, [1] * 2 + [2] * 9 + [0] * 5, [1] * 9 + [2] * 7])
-    weights = (segments > 0).astype(np.float32)
-    return dict(tokens=tokens, segments=segments, labels=tokens * 7 % families.V, weights=weights)
-
-
-def both(name, attention):
-    """Loss and gradients, as a function of parameters and a batch."""
-    model = families.blueprint(name, attention=attention)
-    return jax.jit(
-        jax.value_and_grad(lambda p, batch: families.objective(model.bind(p), batch) / batch["weights"].sum())
-    )
-
-
-@functools.cache
-def alone(name):
-    params = noisy(families.blueprint(name), std=0.2)
-    return params, both(name, "auto")(params, {k: jnp.asarray(x) for k, x in batch().items()})
 
 
 @pytest.mark.parametrize(
     "name, way", [(n, w) for w in WAYS for n in NAMES if "expert" not in WAYS[w][0] or n == "mixtral"]
 )
 def test_loss_and_gradients_are_those_of_one_device(name, way):
-    params, (want, want_grads) = alone(name)
+    params, batch = noisy(families.blueprint(name)), families.packed()
+    want, want_grads = families.gradient(name)(params, batch)
     sizes, attention = WAYS[way]
     mesh = axes.mesh(**sizes)
     with axes.on(mesh):
         placed = jax.device_put(params, axes.shardings(params, mesh))
-        got, grads = both(name, attention)(placed, axes.put(batch(), B, mesh))
+        run = jax.jit(families.gradient_of(name, attention=attention))
+        got, grads = run(placed, axes.put(batch, len(batch["tokens"]), mesh))
     assert got == pytest.approx(float(want), abs=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, want_grads)
 

@@ -44,8 +44,8 @@ class Blueprint:
         module, config = configured(section, vocab=vocab, dtype=dtype)
         if config.vocab < vocab:
             raise lookup.Mistake(f"the tokenizer has {vocab} ids, but config.model.vocab is {config.vocab}")
-        graph, state = nnx.split(nnx.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0))))
-        return cls(module.__name__.rpartition(".")[2], config, graph, nnx.to_pure_dict(state))
+        graph, shapes = _traced(module.Model, config)
+        return cls(module.__name__.rpartition(".")[2], config, graph, jax.tree.map(lambda x: x, shapes))
 
     def init(self, seed: int = 0, mesh: Mesh | None = None, rules: Mapping[str, Any] = axes.RULES) -> Tree:
         """Fresh float32 parameters, the same for every mesh; each device makes only what it holds."""
@@ -89,6 +89,13 @@ class Blueprint:
             if (axes.of(axes.name_of(path)) or "").startswith("E"):
                 active -= math.prod(x.shape) * (c.experts - c.chosen) // c.experts
         return 6 * active + (12 * attentions * c.heads * c.head_width * length if hasattr(c, "heads") else 0)
+
+
+@functools.cache
+def _traced(model: Any, config: Any) -> tuple[nnx.GraphDef, Tree]:
+    """A model's graph and shapes, on whatever mesh; once for each config, as a program asks for its model many times."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
+    return graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))
 
 
 def configured(section: Mapping[str, Any], *, vocab: int, dtype: str = "float32") -> tuple[Any, Any]:
