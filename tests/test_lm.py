@@ -54,7 +54,7 @@ class NoBos:
 
 def test_logits_are_those_of_the_model_for_one_row_and_for_several(lm):
     rows = np.random.default_rng(0).integers(0, lm.tokenizer.vocab, (2, 9))
-    expected = np.asarray(lm.model(rows)[0])
+    expected = np.asarray(jax.jit(lambda params: lm.blueprint.bind(params)(rows)[0])(lm.params))
     got = lm.logits(rows.tolist())
     assert got.shape == (2, 9, lm.tokenizer.vocab) and got.dtype == np.float32
     np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -68,7 +68,7 @@ def test_accumulation_divides_by_the_real_tokens_of_the_whole_batch(blueprint, b
 
 def test_the_loss_is_the_mean_over_real_tokens(blueprint, batch, once):
     _, (metrics,) = once
-    logits, _ = blueprint.bind(fresh())(batch["tokens"], segments_BT=batch["segments"])
+    logits, _ = jax.jit(lambda p: blueprint.bind(p)(batch["tokens"], segments_BT=batch["segments"]))(fresh())
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][..., None], -1)[..., 0]
     real = np.asarray(batch["weights"]) > 0
     assert metrics["loss"] == pytest.approx(float(np.asarray(nll)[real].mean()), rel=1e-5)

@@ -73,15 +73,17 @@ def test_the_model_is_asked_for_every_token_whether_it_is_the_texts_own():
     """By hand, from what the generator draws."""
     bound, b = model().bind(params()), batch()
     sums = jax.jit(lambda p: electra.loss(model().bind(p), b))(params())
-    hidden = functools.partial(bound.hidden, segments_BT=b["segments"])
-    x_BTD = hidden(b["tokens"], generator=True)[0]
+    hidden = jax.jit(
+        lambda tokens_BT, by: bound.hidden(tokens_BT, segments_BT=b["segments"], generator=by)[0], static_argnums=1
+    )
+    x_BTD = hidden(b["tokens"], True)
     few_BTD, _, weights, places = mlm.gathered(x_BTD, b, mlm.RATE)
     drawn = np.asarray(electra._draw(bound.head, bound.for_head(few_BTD), b["noise"]))
     own = np.where(b["weights"] > 0, b["labels"], b["tokens"])
     seen = own.copy()
     for r, t in np.argwhere(np.asarray(weights) > 0):
         seen[r, places[r, t]] = drawn[r, t]
-    p_BT = np.asarray(jax.nn.sigmoid(bound.guessed(hidden(jnp.asarray(seen))[0])))
+    p_BT = np.asarray(jax.nn.sigmoid(bound.guessed(hidden(jnp.asarray(seen), False))))
     real, guess = np.asarray(b["segments"]) > 0, seen != own
     assert guess.any() and (guess <= (np.asarray(b["weights"]) > 0)).all(), "a guess that is right is the text's own"
     nll = -np.log(np.where(guess, p_BT, 1 - p_BT))[real]
