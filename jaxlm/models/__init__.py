@@ -93,7 +93,7 @@ class Blueprint:
 
 @functools.cache
 def _traced(model: Any, config: Any) -> tuple[nnx.GraphDef, Tree]:
-    """A model's graph and shapes, on whatever mesh; once for each config, as a program asks for its model many times."""
+    """A model's graph and shapes, on whatever mesh; traced once, as programs ask for the same model again."""
     graph, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
     return graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))
 
