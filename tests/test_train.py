@@ -1,5 +1,7 @@
 """The training promises: the same command resumes bit for bit, on any mesh; nothing silently wrong is trained."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 import shutil
@@ -19,6 +21,8 @@ from jaxlm.models import Blueprint
 from jaxlm.nn.loss import Sums
 from tests.runs import STEPS, arrays, losses, run, settings, start, two_processes, write_store
 
+pytestmark = pytest.mark.xdist_group("train")  # in one process, which makes `whole` once
+
 
 def damage_a_byte(folder: Path):
     largest = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
@@ -35,9 +39,11 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(store, tmp_path_factory):
-    """A run of all its steps at once."""
+    """A run of all its steps at once, and beside its files what it printed."""
     workdir = tmp_path_factory.mktemp("whole")
-    train.train(str(workdir), store=store, **settings())
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.train(str(workdir), store=store, **settings())
+    (workdir / "printed").write_text(printed.getvalue())
     return workdir
 
 
@@ -61,12 +67,11 @@ def test_it_learns_and_writes_what_a_workdir_holds(store, whole):
     assert summary["parameters"] > 0 and 0 < summary["validation_bits_per_byte"] < 8
 
 
-def test_the_share_of_the_time_that_steps_wait_for_data_is_told(store, tmp_path, capsys):
-    train.train(str(tmp_path), store=store, **settings(steps=4))
-    logged = [x for x in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "eval" not in x]
+def test_the_share_of_the_time_that_steps_wait_for_data_is_told(whole):
+    logged = [x for x in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "eval" not in x]
     assert all(0 <= line["wait_share"] <= 1 and line["wait_s"] >= 0 for line in logged)
-    assert "  data wait " in capsys.readouterr().out
-    assert "of the time waiting for data" in (tmp_path / "report.html").read_text()
+    assert "  data wait " in (whole / "printed").read_text()
+    assert "of the time waiting for data" in (whole / "report.html").read_text()
 
 
 def test_each_source_is_evaluated_by_itself(store, whole):
@@ -142,21 +147,23 @@ def test_an_evaluation_that_a_signal_cuts_short_is_neither_logged_nor_ranks_a_ch
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_its_step_saved_anew(store, whole, tmp_path, caplog):
-    train.train(str(tmp_path), store=store, **settings(steps=8))
-    damage_a_byte(tmp_path / "checkpoints" / "8" / "params")
-    train.train(str(tmp_path), store=store, **settings())
-    assert "checkpoint of step 8 is damaged" in caplog.text
-    assert losses(whole) == losses(tmp_path)
-    assert len(list((tmp_path / "checkpoints").glob("8.damaged-*"))) == 1, "nothing is thrown away"
+    run = shutil.copytree(whole, tmp_path / "run")
+    damage_a_byte(run / "checkpoints" / str(STEPS) / "params")
+    train.train(str(run), store=store, **settings())
+    assert f"checkpoint of step {STEPS} is damaged" in caplog.text
+    assert losses(whole) == losses(run)
+    assert len(list((run / "checkpoints").glob(f"{STEPS}.damaged-*"))) == 1, "nothing is thrown away"
+    for one, two in zip(arrays(whole), arrays(run), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
-def test_when_every_checkpoint_is_damaged_it_says_so_and_touches_nothing(store, tmp_path):
-    train.train(str(tmp_path), store=store, **settings(steps=4))
-    for folder in (tmp_path / "checkpoints").iterdir():
+def test_when_every_checkpoint_is_damaged_it_says_so_and_touches_nothing(store, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    for folder in (run / "checkpoints").iterdir():
         if folder.name.isdigit():
             damage_a_byte(folder / "params")
     with pytest.raises(Mistake, match="no checkpoint can be used"):
-        train.train(str(tmp_path), store=store, **settings())
+        train.train(str(run), store=store, **settings())
 
 
 def test_restored_parameters_are_the_moving_average(store, whole):

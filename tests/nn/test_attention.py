@@ -28,6 +28,8 @@ MASKS = {
 }
 PAIRS = [(b, m) for b in BACKENDS for m in MASKS if not (b == "triton" and MASKS[m].window)]  # it has no window
 
+pytestmark = pytest.mark.xdist_group("attention")  # in one process, which asks for each answer once
+
 
 def inputs(length=T, keys=None):
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731

@@ -31,6 +31,8 @@ MASKS = {
 }
 MESHES = {"sequence=4": dict(data=2, sequence=4), "all": dict(fsdp=2, sequence=2, tensor=2)}
 
+pytestmark = pytest.mark.xdist_group("context")  # in one process, which asks for each answer once
+
 
 def inputs(length=T):
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
