@@ -5,9 +5,9 @@
 
 The text is the Brown corpus (nltk_data's packages/corpora/brown.zip), a document a line.
 
-2 CPU cores with other work, 5 min 30 s of training: 5.19 and 4.89 nats a held-out token of the answers after 300 and 600
-steps, 17.0 % right, sentinels included; the frequencies of tokens give 6.45 for text. What it continues after [S2S]
-reads like a sentence now and then; its gaps are filled with no regard to what stands around them (t5_brown.py).
+2 CPU cores with other work, 5 min 30 s of training: 5.19 and 4.89 nats a held-out token of the answers after 300 and
+600 steps, 17.0 % right, sentinels included; the frequencies of tokens give 6.45 for text. Neither what it continues
+after [S2S] nor what it puts in gaps makes sense yet: of gaps it does not learn more in so many steps (t5_brown.py).
 """
 
 from ml_collections import ConfigDict
