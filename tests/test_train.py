@@ -1,7 +1,5 @@
 """The training promises: the same command resumes bit for bit, on any mesh; nothing silently wrong is trained."""
 
-import contextlib
-import io
 import json
 from pathlib import Path
 import shutil
@@ -39,11 +37,9 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(store, tmp_path_factory):
-    """A run of all its steps at once, and beside its files what it printed."""
+    """A run of all its steps at once."""
     workdir = tmp_path_factory.mktemp("whole")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train.train(str(workdir), store=store, **settings())
-    (workdir / "printed").write_text(printed.getvalue())
+    train.train(str(workdir), store=store, **settings())
     return workdir
 
 
@@ -70,7 +66,6 @@ def test_it_learns_and_writes_what_a_workdir_holds(store, whole):
 def test_the_share_of_the_time_that_steps_wait_for_data_is_told(whole):
     logged = [x for x in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()) if "eval" not in x]
     assert all(0 <= line["wait_share"] <= 1 and line["wait_s"] >= 0 for line in logged)
-    assert "  data wait " in (whole / "printed").read_text()
     assert "of the time waiting for data" in (whole / "report.html").read_text()
 
 
