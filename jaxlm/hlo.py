@@ -97,7 +97,10 @@ def read(text: str, unknown: int = 1, wanted: bool = True) -> list[Operation]:
                 yield from walk((called("to_apply") or called("calls"))[0], times)
                 continue
             if kind == "fusion":
-                yield from (op for op in walk(called("calls")[0], times) if op.kind in COLLECTIVES)
+                inside = (op for op in walk(called("calls")[0], times) if op.kind in COLLECTIVES)
+                if called("calls")[0].startswith("all-reduce-scatter"):
+                    inside = (_scattered(op, match, places) for op in inside)
+                yield from inside
             operation = _operation(match, times, places) or _crossing(match, times, devices)
             if operation and operation.kind == "ragged-all-to-all":
                 operation = _evenly(operation, rest, computations[name])
@@ -123,14 +126,24 @@ def _operation(match: re.Match, times: float, places: "_Places") -> Operation | 
     sizes = _sizes(result)
     if begun and base in COLLECTIVES and base != "all-reduce" and len(sizes) > 1:
         sizes = sizes[1:2]  # what is begun holds its operand, too
-    scope = re.search(r'op_name="([^"]*)"', rest)
-    frame = re.search(r"stack_frame_id=(\d+)", rest)
     group, stride = _group(rest) if base in COLLECTIVES else (1, 1)
     return Operation(
         name, base if base in COLLECTIVES else kind, times, int(cycles[1]) if cycles else 0, sizes,
-        _sizes(operands[1]) if kernel and operands else (), scope[1] if scope else "",
-        places.of(int(frame[1])) if frame else places.written(rest), group, stride, begun,
+        _sizes(operands[1]) if kernel and operands else (), *_asked(rest, places), group, stride, begun,
     )  # fmt: skip
+
+
+def _asked(rest: str, places: "_Places") -> tuple[str, str]:
+    """The scopes that an operation was traced in, and the line of source that asked for it."""
+    scope = re.search(r'op_name="([^"]*)"', rest)
+    frame = re.search(r"stack_frame_id=(\d+)", rest)
+    return scope[1] if scope else "", places.of(int(frame[1])) if frame else places.written(rest)
+
+
+def _scattered(op: Operation, fusion: re.Match, places: "_Places") -> Operation:
+    """A TPU's reduce-scatter, which is written as a fusion of a sum and the cut of what is a device's own of it."""
+    scope, source = _asked(fusion[4], places)
+    return dataclasses.replace(op, kind="reduce-scatter", sizes=_sizes(fusion[2]), scope=scope, source=source)
 
 
 def _crossing(match: re.Match, times: float, devices: int) -> Operation | None:

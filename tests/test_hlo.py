@@ -31,6 +31,12 @@ StackFrames
   ROOT %inner = bf16[8,4]{1,0} reduce-scatter(%a), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
 }
 
+%all-reduce-scatter.1 (b: bf16[8,4]) -> bf16[4,4] {
+  %b = bf16[8,4]{1,0} parameter(0)
+  %whole = bf16[8,4]{1,0} all-reduce(%b), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  ROOT %own = bf16[4,4]{1,0} dynamic-slice(%whole, %at, %zero), dynamic_slice_sizes={4,4}
+}
+
 %cond (t: (s32[], bf16[8,4])) -> pred[] {
   %n = s32[]{:T(128)} constant(32)
   %t = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
@@ -43,6 +49,7 @@ StackFrames
   %x = bf16[8,4]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
   %product = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/jvp()/while/body/dot_general" stack_frame_id=2}, backend_config={"window_config":{"estimated_cycles":"1000"}}
   %gather = bf16[32,4]{1,0} all-gather(%product), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
+  %parts = bf16[4,4]{1,0} fusion(%product), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(step)/transpose(jvp())/while/body/dot_general" stack_frame_id=2}
   %kernel = (f32[1,2,8,128]{3,2,1,0}, bf16[1,2,8,128]{3,2,1,0}) custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1]{1,0}, bf16[1,2,8,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
 }}, metadata={op_name="jit(step)/splash_fwd" stack_frame_id=1}
@@ -107,6 +114,13 @@ def test_collectives_are_found_within_fusions_with_their_group_and_what_they_sen
     assert gather.sent == 3 / 4 * 32 * 4 * 2 and inner.sent == 1 / 2 * 8 * 4 * 2 * 2
     assert (total.kind, total.group, total.stride, total.begun) == ("all-reduce", 2, 4, True)
     assert total.sent == 2 * 1 / 2 * 2 * 6 * 4
+
+
+def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter(operations):
+    whole = operations["whole"]
+    assert (whole.kind, whole.times, whole.sizes) == ("reduce-scatter", 32, (("bf16", (4, 4)),))
+    assert whole.sent == 4 * 4 * 2, "half of it, and not twice that"
+    assert (whole.source, "transpose(" in whole.scope) == ("jaxlm/models/llama.py:95", True), "the fusion tells them"
 
 
 def test_a_ragged_exchange_sends_what_there_is_and_not_what_there_is_room_for(operations):
