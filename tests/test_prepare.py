@@ -1,12 +1,14 @@
 """`jaxlm prepare`: whole texts in, the same store out, however often it is killed and however many workers help."""
 
 import json
+import os
 
 import pytest
 
 from jaxlm import prepare as program
-from jaxlm.data import encode, store, tokenizers
+from jaxlm.data import encode, splits, store, tokenizers
 from jaxlm.data.cleaning import Cleaner
+from jaxlm.data.sources import Document
 from jaxlm.lookup import Mistake, spend
 from jaxlm.prepare import prepare
 
@@ -34,7 +36,7 @@ def corpus(tmp_path):
 def small(monkeypatch):
     """Small batches and frequent commits, so that a small corpus takes many of both."""
     monkeypatch.setattr(encode, "BATCH", 500)
-    monkeypatch.setattr(encode, "ALONE", 2)
+    monkeypatch.setattr(encode, "BESIDE", 0)
     monkeypatch.setattr(program, "COMMIT", 800)
 
 
@@ -219,11 +221,27 @@ def test_a_sources_name_must_be_a_folders(name, tmp_path):
         prepare(f"{tmp_path}/store", {name: "python-docs:"}, BYTES)
 
 
+def test_work_is_done_here_until_others_have_started_and_comes_in_order(monkeypatch):
+    monkeypatch.setattr(encode, "BATCH", 1)
+    documents = [splits.Marked(Document(str(i), 0, len(str(i))), None) for i in range(300)]
+    done = list(encode.ordered(_where, iter(documents), workers=2))
+    assert [read for read, _ in done] == [*range(1, 301)]
+    assert [text for _, (_, text) in done] == [str(i) for i in range(300)]
+    by = [pid == os.getpid() for _, (pid, _) in done]
+    here = by.index(False)
+    assert encode.ALONE <= here <= encode.ALONE + encode.BESIDE and all(by[:here]) and not any(by[here:])
+
+
+def _where(batch):
+    return os.getpid(), batch[0].document.text
+
+
 def test_a_mistake_in_a_worker_comes_through(corpus, tmp_path, monkeypatch):
     (tmp_path / "train.txt").write_text("abc")
     prepare(f"{tmp_path}/store", dict(a=f"text:{tmp_path}/train.txt"), dict(kind="characters"), workers=1, validation=0)
     sources = dict(docs=f"jsonl:{tmp_path}/docs.jsonl")
-    monkeypatch.setattr(encode, "ALONE", 0)
+    for name in ("ALONE", "BESIDE"):
+        monkeypatch.setattr(encode, name, 0)
     with pytest.raises(Mistake, match=r"the character 'd' is not among the 3"):
         prepare(f"{tmp_path}/store", sources, dict(kind="characters"), workers=2, validation=0)
 

@@ -25,7 +25,8 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.lookup import Mistake
 
 BATCH = 1 << 18  # characters that a worker takes at a time
-ALONE = 16  # batches that this process does itself before it starts others: small corpora are done by then
+ALONE = 2  # batches that this process does itself before it starts others: small corpora are done by then
+BESIDE = 60  # and at most so many more while they start
 
 Batch = list[Marked]
 Result = TypeVar("Result")
@@ -58,16 +59,25 @@ def ordered(
 ) -> Iterator[tuple[int, Result]]:
     """Do `work` (picklable) on batches of documents, of which `read` were read before; None is left out.
 
-    Yields how many documents are read by now, and the latest result. Memory is bounded: a few batches for each worker
-    are under way at a time. Raises `Mistake` when a worker dies.
+    Yields how many documents are read by now, and the latest result. This process does the first batches itself, until
+    the others have started. Memory is bounded: a few batches for each worker are under way at a time. Raises `Mistake`
+    when a worker dies.
     """
     every = batches(documents, read)
     for read, batch in itertools.islice(every, None if workers == 1 else ALONE):
         yield read, work(batch)
+    if (following := next(every, None)) is None:
+        return
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of the libraries, held or not
     waiting: deque = deque()
     with ProcessPoolExecutor(workers, context, _start, (work,)) as pool:
         try:
+            ready = [pool.submit(os.getpid) for _ in range(workers)]  # each starts a process
+            every = itertools.chain([following], every)
+            for read, batch in itertools.islice(every, BESIDE):
+                yield read, work(batch)
+                if all(future.done() for future in ready):
+                    break
             for read, batch in every:
                 waiting.append((read, pool.submit(_do, batch)))
                 if len(waiting) > 2 * workers:

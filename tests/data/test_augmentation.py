@@ -182,7 +182,7 @@ def test_a_workdir_that_does_not_write_is_a_mistake_before_anything_is_made(tmp_
 def corpus(tmp_path, monkeypatch):
     """A hundred short documents, in many batches and commits."""
     monkeypatch.setattr(encode, "BATCH", 2_000)
-    monkeypatch.setattr(encode, "ALONE", 2)
+    monkeypatch.setattr(encode, "BESIDE", 0)
     monkeypatch.setattr(program, "COMMIT", 3_000)
     lines = [json.dumps(dict(text=f"Document {i} is here. " + "It has words! " * (i % 7))) for i in range(100)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))

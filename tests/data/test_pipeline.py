@@ -68,7 +68,7 @@ def corpus(tmp_path):
 def small(monkeypatch):
     """Small batches, parts and commits, so that a small corpus takes many of each."""
     monkeypatch.setattr(encode, "BATCH", 2_000)
-    monkeypatch.setattr(encode, "ALONE", 2)
+    monkeypatch.setattr(encode, "BESIDE", 0)
     monkeypatch.setattr(program, "COMMIT", 3_000)
     monkeypatch.setattr(pipeline, "PART", 30_000)
 

@@ -20,6 +20,7 @@ from jaxlm.data import encode, pipeline
 if __name__ == "__main__":
     path, source, commit, encode.BATCH = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     prepare.COMMIT = pipeline.PART = commit
+    encode.BESIDE = 0
     prepare.prepare(path, dict(docs=source), dict(kind="bytes"), workers=2, **json.loads(sys.argv[5]))
 """
 
