@@ -129,7 +129,6 @@ def prepare(a: argparse.Namespace, variant: str) -> dict[str, Any]:
     os.environ["RAYON_NUM_THREADS"] = workers  # of the library, before it first works
     spec = dict(kind=kind or "sentencepiece", algorithm="bpe", vocab=8192)
     if kind:
-        a.megabytes = min(a.megabytes, 40)
         return dict(tokenizer=kind, **alone(a, tokenizers.train(docs, spec), list(texts()), int(workers)))
 
     spent: dict[str, float] = {}
@@ -186,7 +185,7 @@ def alone(a: argparse.Namespace, tok: Any, texts: list[str], workers: int) -> di
     work = functools.partial(encode.encode, tok, pipeline.Pipeline.of(splits.Splitter("document", 0)).parts)
     work = functools.partial(work, Augmentation())
     times: dict[str, list[float]] = dict(ours=[], library=[])
-    for _ in range(a.repeats // 3):
+    for _ in range(max(3, a.repeats // 5)):
         begun = time.perf_counter()
         documents = (splits.Marked(Document(text, 0, len(text)), None) for text in texts)
         tokens = sum(len(part.tokens) for _, done in encode.ordered(work, documents, workers) for part in done.parts)
