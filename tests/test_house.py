@@ -25,7 +25,7 @@ def tree() -> list[Path]:
     """Every file of the repository that is text: tracked, or new and not ignored."""
     git = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if git.returncode:
-        pytest.skip("not a git checkout")
+        pytest.skip("not a git checkout: which files are the repository's is not known")
     files = [ROOT / name for name in sorted(set(git.stdout.splitlines()))]
     return [f for f in files if f.is_file() and not f.is_symlink() and b"\0" not in f.read_bytes()[:4096]]
 

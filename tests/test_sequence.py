@@ -13,6 +13,7 @@ from jaxlm import axes
 from tests import test_models as families
 from tests.trees import noisy
 
+T = 16  # four tokens a device: halves of a row's parts, which a balanced ring exchanges
 NAMES = ("gpt2", "llama", "mixtral", "bert", "t5")
 WAYS = {  # meshes of eight devices, and how tokens find each other
     "ring": (dict(data=2, sequence=4), "ring"),
@@ -27,7 +28,7 @@ WAYS = {  # meshes of eight devices, and how tokens find each other
     "name, way", [(n, w) for w in WAYS for n in NAMES if "expert" not in WAYS[w][0] or n == "mixtral"]
 )
 def test_loss_and_gradients_are_those_of_one_device(name, way):
-    params, batch = noisy(families.blueprint(name)), families.packed()
+    params, batch = noisy(families.blueprint(name)), families.packed(T)
     want, want_grads = families.gradient(name)(params, batch)
     sizes, attention = WAYS[way]
     mesh = axes.mesh(**sizes)

@@ -58,10 +58,9 @@ class Config:
     def head_width(self) -> int:
         return self.width // self.heads
 
-    @property
-    def is_global(self) -> list[bool]:
-        """Whether each layer sees all tokens."""
-        return [layer % self.every == 0 for layer in range(self.layers)]
+    def is_global(self, layer: int) -> bool:
+        """Whether a layer, of the model or of its generator, sees all tokens."""
+        return layer % self.every == 0
 
 
 class Block(nnx.Module):
@@ -131,7 +130,7 @@ class Model(nnx.Module):
             mask = dataclasses.replace(mask, window=None if is_global else c.window // 2 + 1)
             return block(x_BTD, mask, wide if is_global else near, key, first=first)
 
-        kinds = [(layer == 0, layer % c.every == 0) for layer in range(layers)]
+        kinds = [(layer == 0, c.is_global(layer)) for layer in range(layers)]
         rows = (Mask(causal=False, segments_BT=segments_BT), wide, near)
         x_BTD = scan(blocks, x_BTD, step, keys[1], rows=rows, remat=c.remat, kinds=kinds)
         return self.last(x_BTD, jnp.dtype(c.dtype)), None
@@ -178,9 +177,10 @@ def _write(c: Config) -> dict[str, Any]:
     ropes = {
         kind: dict(rope_theta=x, rope_type="default") for kind, x in zip(hf.KINDS, (c.rope_base_local, c.rope_base))
     }
+    kinds = [hf.KINDS[c.is_global(layer)] for layer in range(c.layers)]
     return dict(
         **hf.write_sizes(c), norm_eps=c.norm_eps, local_attention=c.window, global_attn_every_n_layers=c.every,
-        layer_types=[hf.KINDS[x] for x in c.is_global], rope_parameters=ropes, hidden_activation="gelu",
+        layer_types=kinds, rope_parameters=ropes, hidden_activation="gelu",
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def both(mask, way, qkv, weight=None):
     return out, grads
 
 
-def close(got, want, atol=1e-5):
+def assert_close(got, want, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
 
 
@@ -71,7 +71,7 @@ def whole(mask):
 def test_split_tokens_attend_as_whole_rows_do(way, mask, mesh):
     with axes.on(axes.mesh(**MESHES[mesh])):
         got = both(MASKS[mask], way, inputs())
-    close(got, whole(mask))
+    assert_close(got, whole(mask))
 
 
 @pytest.mark.parametrize("way", context.WAYS)
@@ -84,7 +84,7 @@ def test_a_query_that_sees_nothing_changes_no_other_and_stays_finite(way):
     with axes.on(axes.mesh(data=2, sequence=4)):
         got, grads = both(mask, way, inputs(), weight)
     assert np.isfinite(got).all() and not np.asarray(seen).all()
-    close((got * seen[:, None, :, None], grads), (want * seen[:, None, :, None], want_grads))
+    assert_close((got * seen[:, None, :, None], grads), (want * seen[:, None, :, None], want_grads))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_ring_takes_other_numbers_too(rows, length, mesh):
     qkv = tuple(x[:rows] for x in inputs(length))
     want = both(Mask(), "xla", qkv)
     with axes.on(axes.mesh(**mesh)):
-        close(both(Mask(), "ring", qkv), want)
+        assert_close(both(Mask(), "ring", qkv), want)
 
 
 @pytest.mark.parametrize("way", context.WAYS)
@@ -112,7 +112,7 @@ def test_scores_are_capped_and_biased_as_anywhere(way):
 
     want = gradient("xla")
     with axes.on(axes.mesh(fsdp=2, sequence=2, tensor=2)):
-        close(gradient(way), want, atol=2e-5)
+        assert_close(gradient(way), want, atol=2e-5)
 
 
 @pytest.mark.parametrize("way", context.WAYS)
