@@ -15,7 +15,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import os
 import re
 import time
 from typing import Any
@@ -78,7 +77,7 @@ def prepare(
         raise Mistake("config.store is missing: the folder that will hold the tokens, for example data/python_docs")
     pipeline = Pipeline.of(Splitter(split, validation, split_seed), clean, dedup, decontaminate)
     augmentation = Augmentation(augment, _load)
-    local = Local(workers or _cores())
+    local = Local(workers or program.cores())
     run = Beam(beam) if beam else local
     found = {_checked_name(name): source_kinds.find(spec) for name, spec in sources.items()}
     root = _folder(store, found, overwrite)
@@ -189,11 +188,6 @@ def _load(workdir: str) -> Write:
         return [next(answers) if fit else [] for fit in fits]
 
     return write
-
-
-def _cores() -> int:
-    """The cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _checked_name(name: str) -> str:

@@ -40,6 +40,11 @@ def ask_for_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def cores() -> int:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def compiled_folder() -> Path:
     """Where a program keeps what it compiled for its next start: ~/.cache/jaxlm/compiled, or under XDG_CACHE_HOME. Each
     kind of processor has a folder of its own there, since one may run what another cannot, and homes are shared.

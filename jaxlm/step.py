@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 import optax
 
-from jaxlm import axes, lookup, objectives, optim
+from jaxlm import axes, lookup, models, objectives, optim, program
 from jaxlm.data.words import Words
 from jaxlm.models import Blueprint
 from jaxlm.objectives import Objective
 
 State = dict[str, Any]
 Section = Mapping[str, Any] | None
+
+ABREAST = 4  # devices of a CPU, each of which holds the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +87,26 @@ def assemble(
     task = objectives.of(objective, length=length, words=words, kind=blueprint.kind)
     tx, rate = lookup.spend("config.optimizer", optim.optimizer, optimizer, blueprint.shapes, steps=steps)
     limits = lookup.spend("config.guard", Guard, guard)
-    function = make(blueprint, tx, task.loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits)
+    apart = task.apart and models.apart(blueprint.config)
+    function = make(blueprint, tx, task.loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits, apart=apart)
     state = shapes(blueprint, tx, mesh, rules, ema=ema)
     places = jax.tree.map(lambda x: x.sharding, state)
     update = jax.jit(function, donate_argnums=0, out_shardings=(places, None))
     return Parts(blueprint, task, tx, rate, limits, update, state)
+
+
+def abreast(
+    *, model: Section, batch: int, objective: Section = None, accumulate: int = 1, mesh: Section = None
+) -> int:  # fmt: skip
+    """For how many devices a CPU is best taken by one process: as many as it has cores, `ABREAST` at most, that divide
+    the rows of a step. One where `config.mesh` says how to split, where a row's gradient depends on the rows beside it,
+    and for 2**27 parameters and more, since each device holds all of the state.
+    """
+    check_batch(batch, accumulate)
+    _, c = models.configured(model or {}, vocab=1)
+    if mesh or not (models.apart(c) and objectives.apart(objective)) or 12 * c.layers * c.width**2 >= 2**27:
+        return 1
+    return next(n for n in range(min(program.cores(), ABREAST), 0, -1) if batch // accumulate % n == 0)
 
 
 def check_batch(batch: int, accumulate: int) -> None:
@@ -154,19 +171,22 @@ def make(
     accumulate: int = 1,
     ema: float = 0.0,
     guard: Guard = Guard(),
+    apart: bool = False,
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """The function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     `loss(model, batch, key)` gives sums over tokens (`jaxlm.nn.loss.Sums`). The batch is cut in `accumulate` parts,
-    whose gradients are summed and divided by the real tokens of the whole batch.
+    whose gradients are summed and divided by the real tokens of the whole batch. `apart` says that the loss is a sum
+    over rows, each the same whatever rows are beside it.
     """
 
-    def gradients(params, batch, key):
+    def gradients(params, batch, key, weight):
+        """Gradients of the loss over `weight`, and the sums over the batch's tokens."""
+
         def scaled(params, part, key):
             sums = loss(blueprint.bind(params), part, key)
             return sums.loss / weight, sums
 
-        weight = jnp.maximum(batch["weights"].sum(), 1.0)
         both = jax.value_and_grad(scaled, has_aux=True)
         if accumulate == 1:
             (_, sums), grads = both(params, batch, key)
@@ -185,7 +205,13 @@ def make(
     def step(state, batch):
         progress = state["progress"]
         key = jax.random.fold_in(jax.random.key(seed), progress["step"]) if blueprint.config.dropout else None
-        grads, sums = gradients(state["params"], batch, key)
+        if apart and (sums_of := _over_rows(batch, accumulate)):
+            summed = sums_of(lambda params, batch: (*gradients(params, batch, None, 1.0), batch["weights"].sum()))
+            grads, sums, weight = summed(state["params"], batch)
+            grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), grads)
+        else:
+            weight = jnp.maximum(batch["weights"].sum(), 1.0)
+            grads, sums = gradients(state["params"], batch, key, weight)
         norm, mean = optax.tree.norm(grads), sums.loss / jnp.maximum(sums.weight, 1.0)
         spike = (progress["seen"] >= guard.after) & (norm > guard.factor * progress["norm"])
         finite = jnp.isfinite(norm) & jnp.isfinite(mean) & (sums.weight > 0)
@@ -213,6 +239,26 @@ def make(
         return new, metrics | dict(skipped=new["progress"]["skipped"], in_row=new["progress"]["in_row"])
 
     return step
+
+
+def _over_rows(batch: Mapping[str, jax.Array], accumulate: int) -> Callable | None:
+    """Where CPUs split nothing but rows, what makes of a function (params, batch) one of which each device computes its
+    own rows' part, with a single sum over all; else None.
+
+    A CPU's devices are threads, which wait for each other at every sum: left to itself the compiler has one for each
+    parameter, amid the backward pass.
+    """
+    place, rows = axes.here(), len(batch["tokens"])
+    if place is None or axes.platform() != "cpu" or place[0].shape["data"] != place[0].size:
+        return None
+    mesh, split = place[0], axes.spec("B", (rows,), *place)
+    if mesh.size == 1 or split != PartitionSpec("data") or rows // mesh.size % accumulate:
+        return None
+    whole = PartitionSpec()
+    return lambda function: jax.shard_map(
+        lambda *args: jax.lax.psum(function(*args), "data"),
+        in_specs=(whole, split), out_specs=whole, axis_names=axes.free(), check_vma=False,
+    )  # fmt: skip
 
 
 def _interleave(x: jax.Array, parts: int) -> jax.Array:

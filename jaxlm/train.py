@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shlex
 import signal
 import time
@@ -175,7 +176,7 @@ def train(
             checkpoints.wait()
             found = found or evaluate(steps)
             if wanted and log.writes and jax.process_count() == 1:
-                params = state["ema" if ema else "params"]
+                params = jax.tree.map(_of_one, state["ema" if ema else "params"])
                 wanted.write(LM(blueprint, params, named, both_ways=both_ways), workdir, steps)
         if log.writes:
             _summarise(workdir, blueprint, found)
@@ -337,6 +338,11 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
         )
 
 
+def _of_one(x: jax.Array) -> jax.Array:
+    """An array that all devices hold whole, on one of them: where one does the work, the others need not repeat it."""
+    return x.addressable_data(0) if x.is_fully_replicated else x
+
+
 def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -> None:
     """Leave summary.json and report.html in the workdir."""
     from jaxlm import report  # it draws with matplotlib, which takes a second to import: not before the first step
@@ -359,7 +365,11 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a CPU's thread waits where it could compute
     settings: ConfigDict = args.config
     keys = {name: value for name, value in settings.to_dict().items() if name != "distributed"}
-    with hosts.Together(args.workdir, meet=bool(settings.get("distributed"))):
+    meet = bool(settings.get("distributed"))
+    if not meet and not {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_CPU_DEVICES"} & os.environ.keys():
+        told = {name: keys[name] for name in lookup.keywords(steps_.abreast) & keys.keys()}
+        jax.config.update("jax_num_cpu_devices", lookup.spend("config", steps_.abreast, told))
+    with hosts.Together(args.workdir, meet=meet):
         workdir = epath.Path(args.workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:

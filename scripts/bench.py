@@ -55,12 +55,14 @@ def gpt2(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """One train step of a GPT-2 of this shape."""
-    return steps(gpt2(a), a, dtype)
+    """One train step of a GPT-2 of this shape, as `jaxlm train` runs it."""
+    return steps(gpt2(a), a, dtype, abreast=True)
 
 
-def steps(model: dict[str, Any], a: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """One train step with AdamW and clipping, as `jaxlm train` runs it, on one device: the median of its times."""
+def steps(model: dict[str, Any], a: argparse.Namespace, dtype: str, *, abreast: bool = False) -> dict[str, Any]:
+    """One train step with AdamW and clipping: the median of its times. On one device, or on as many as `jaxlm train`
+    takes a CPU for.
+    """
     began = time.perf_counter()
     import jax
     import numpy as np
@@ -70,13 +72,15 @@ def steps(model: dict[str, Any], a: argparse.Namespace, dtype: str) -> dict[str,
 
     imported = time.perf_counter() - began
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as `jaxlm train` does
-    mesh = axes.mesh(devices=jax.devices()[:1])
+    if abreast and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", step.abreast(model=model, batch=a.batch))
+    mesh = axes.mesh(devices=None if abreast else jax.devices()[:1])
     with axes.on(mesh):
         parts = step.assemble(
             model=model, optimizer=dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0),
             steps=1000, length=a.context, words=Words.of_size(a.vocab), mesh=mesh, rules=axes.RULES, dtype=dtype,
         )  # fmt: skip
-        state = jax.jit(functools.partial(step.init, parts.tx, ema=0.0))(parts.blueprint.init(0))
+        state = jax.jit(functools.partial(step.init, parts.tx, ema=0.0))(parts.blueprint.init(0, mesh))
         ids = np.random.default_rng(0).integers(0, a.vocab, (2, a.batch, a.context), dtype=np.int32)
         batch = dict(tokens=ids[0], labels=ids[1], weights=np.ones(ids[0].shape, np.float32))
         times = []

@@ -183,6 +183,22 @@ def test_eight_devices_sum_what_one_does(name):
 
 
 @every
+def test_only_a_loss_that_is_the_sum_of_its_rows_says_so(name, options):
+    """A CPU's devices go through rows of their own by that: the loss of the batch is that of its halves, the other half
+    empty.
+    """
+    for kind in module(name).KINDS:
+        one, model = task(name, options, kind), blueprint(kind)
+        loss = jax.jit(lambda params, batch: one.loss(model.bind(params), batch, None).loss)  # noqa: B023
+        batch = next(batches(one, start_step=1))
+        first = np.arange(BATCH) < 3
+        parts = [{key: (x.T * rows).T.astype(x.dtype) for key, x in batch.items()} for rows in (first, ~first)]
+        bold = jax.tree.map(lambda x: 5.0 * x, fresh(kind))  # as drawn, no token is likelier than any other
+        whole, halves = float(loss(bold, batch)), sum(float(loss(bold, part)) for part in parts)
+        assert one.apart == (abs(whole - halves) < 1e-5 * whole), (kind, whole, halves)
+
+
+@every
 def test_an_option_that_is_not_is_refused(name, options):
     with pytest.raises(lookup.Mistake, match=r"config\.objective needs a name, one of: clm, denoise"):
         objectives.of(dict(rate=0.3), length=LENGTH, words=words(), kind="decoder")

@@ -112,6 +112,13 @@ def configured(section: Mapping[str, Any], *, vocab: int, dtype: str = "float32"
     return module, lookup.spend("config.model", module.Config, section)
 
 
+def apart(config: Any) -> bool:
+    """Whether what a model makes of a row in training is the same whatever rows are beside it: dropout is drawn for
+    all at once, and experts are kept evenly used by all.
+    """
+    return not config.dropout and not hasattr(config, "experts")
+
+
 def _check(values: Mapping[str, Any]) -> None:
     """Raise `Mistake` for numbers of a family's Config that cannot be."""
     for name, value in values.items():

@@ -12,6 +12,8 @@ A file exports
     pairs(*, ...)                                   may be left out: whether its row is of one document, not packed, and
                                                     has one of another document beside it: {"other_tokens",
                                                     "other_segments"}
+    apart(*, ...)                                   may be left out: whether loss is a sum over rows, each the same
+                                                    whatever rows are beside it
     cost(tokens, length, words, *, ...)             may be left out: how many of a row's tokens documents of so many
                                                     take up, int[n], where they need more room
 
@@ -45,6 +47,7 @@ class Objective(NamedTuple):
     cost: Callable[[np.ndarray], np.ndarray] | None  # of documents of so many tokens in a row, where it is not these
     features: Callable[[Arrays, np.random.Generator | None], dict[str, np.ndarray]]
     loss: Callable[..., Sums]  # (model, batch, key)
+    apart: bool  # whether that is a sum over rows, each the same whatever rows are beside it
 
 
 def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: str) -> Objective:
@@ -82,7 +85,15 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
         cost and functools.partial(cost, length=length, words=words, **_wanted(options, cost)),
         example,
         functools.partial(module.loss, **loss),
+        apart(section),
     )
+
+
+def apart(section: Mapping[str, Any] | None) -> bool:
+    """Whether a row's loss by `config.objective` is the same whatever rows are beside it."""
+    options = dict(section or {"name": "clm"})
+    told = getattr(lookup.module(__name__, options.pop("name")), "apart", lambda: True)
+    return told(**_wanted(options, told))
 
 
 def _wanted(options: Mapping[str, Any], function: Callable) -> dict[str, Any]:

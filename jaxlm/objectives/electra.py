@@ -32,6 +32,11 @@ def row(length: int, known: Words, *, rate: float = mlm.RATE, unit: str = "token
     return mlm.row(length, known, rate=rate, unit=unit)
 
 
+def apart() -> bool:
+    """The model's part of the loss is a mean over the tokens of the batch."""
+    return False
+
+
 def features(
     row: Arrays, rng: np.random.Generator | None, known: Words, length: int, *, rate: float = mlm.RATE,
     unit: str = "token",

@@ -69,6 +69,11 @@ def pairs(*, next: str | None = None) -> bool:
     return next is not None
 
 
+def apart(*, next: str | None = None) -> bool:
+    """The loss of pairs has a mean over those of the batch."""
+    return next is None
+
+
 def features(
     row: Arrays, rng: np.random.Generator | None, known: Words, length: int, *, rate: float = RATE, mask: float = 0.8,
     random: float = 0.1, unit: str = "token", next: str | None = None,
