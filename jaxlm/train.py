@@ -22,6 +22,7 @@ from typing import Any
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -38,7 +39,7 @@ from jaxlm.evals import held_out as evals
 from jaxlm.lm import LM
 from jaxlm.log import Log, lines, setup
 from jaxlm.lookup import Mistake
-from jaxlm.models import Blueprint
+from jaxlm.models import Blueprint, Tree
 from jaxlm.nn import pipeline as stages
 from jaxlm.objectives import Objective
 from jaxlm.samples import Samples
@@ -176,8 +177,9 @@ def train(
             checkpoints.wait()
             found = found or evaluate(steps)
             if wanted and log.writes and jax.process_count() == 1:
-                params = jax.tree.map(_of_one, state["ema" if ema else "params"])
-                wanted.write(LM(blueprint, params, named, both_ways=both_ways), workdir, steps)
+                params, one = _on_one(state["ema" if ema else "params"])
+                with axes.on(one or grid, rules):
+                    wanted.write(LM(blueprint, params, named, both_ways=both_ways), workdir, steps)
         if log.writes:
             _summarise(workdir, blueprint, found)
         return found
@@ -338,9 +340,15 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
         )
 
 
-def _of_one(x: jax.Array) -> jax.Array:
-    """An array that all devices hold whole, on one of them: where one does the work, the others need not repeat it."""
-    return x.addressable_data(0) if x.is_fully_replicated else x
+def _on_one(params: Tree) -> tuple[Tree, Mesh | None]:
+    """Parameters that every device holds whole, on one of them, and that one's mesh: others need not do the same work.
+    Any others as they are.
+    """
+    arrays = jax.tree.leaves(params)
+    if not all(x.is_fully_replicated for x in arrays):
+        return params, None
+    device = min(arrays[0].devices(), key=lambda device: device.id)
+    return jax.device_put(params, device), axes.mesh(devices=[device])
 
 
 def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -> None:

@@ -398,7 +398,7 @@ def test_an_unfinished_store_is_never_trained_on(store, tmp_path):
 
 def test_the_command_takes_the_cores_of_a_cpu_for_devices_and_learns_the_same(store, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
-    how = dict(steps=4, model=settings()["model"] | {"dropout": 0.0})
+    how = dict(steps=4, model=settings()["model"] | {"dropout": 0.0}, samples=dict(prompts=["."], tokens=4))
     train.train(str(tmp_path / "one"), store=store, **settings(**how))
     file = tmp_path / "config.py"
     file.write_text(
@@ -406,8 +406,10 @@ def test_the_command_takes_the_cores_of_a_cpu_for_devices_and_learns_the_same(st
         f"def get_config():\n    return ConfigDict(settings(store={store!r}, mesh={{}}, **{how}))\n"
     )
     flags = [f"--config={file}", f"--workdir={tmp_path / 'many'}"]
-    printed = Started([sys.executable, "-m", "jaxlm.train", *flags], dict(os.environ)).finished()
+    command = [sys.executable, "-m", "jaxlm.train", *flags]
+    printed = Started([*command, "--config.steps=2"], dict(os.environ)).finished()
     assert f"'data': {min(4, program.cores())}" in printed or program.cores() == 3
+    assert "going on after step 2 of 4" in Started(command, dict(os.environ)).finished()
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-5)
 
 
