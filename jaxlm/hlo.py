@@ -7,6 +7,10 @@ A loop's body is counted as often as the loop runs. Of a choice the dearest bran
 `nn/context.py`, six times in ten; in a scope `wanted`, as in `decode/sampling.py`, unless told that nobody asks for it.
 What is fused into one operation is one, but for collectives, which are listed wherever they are. What is sent to other
 slices through the host is a collective, too, and begun: the program of one slice does it by `send`.
+
+A product by expert counts for the rows that there are where all experts get as much, and not for those that there is
+room for. The gradient of the experts' weights is written as a product of every row with every expert, which skips what
+is not an expert's own: it counts once a row.
 """
 
 from collections.abc import Iterator
@@ -19,6 +23,8 @@ import numpy as np
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "token": 0, "bf16": 2, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+SKIPS = '"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_ITERATION_INDICES"'  # where a mask of the rows is false
 
 HELPERS = ("jaxlm/nn/linear.py", "jaxlm/axes.py")  # that others call: of them it is the caller that is told
 
@@ -42,6 +48,8 @@ class Operation:
     group: int = 1  # of a collective: how many devices take part
     stride: int = 1  # and how far they are apart in the mesh
     begun: bool = False  # whether it runs beside others until it is waited for
+    rows: int = 0  # of a product by expert: how many come
+    tiling: tuple[int, ...] = ()  # of its kernel: how many of [rows, K, N] it multiplies at a time
 
     @property
     def bytes(self) -> int:
@@ -104,10 +112,12 @@ def read(text: str, unknown: int = 1, wanted: bool = True) -> list[Operation]:
             operation = _operation(match, times, places) or _crossing(match, times, devices)
             if operation and operation.kind == "ragged-all-to-all":
                 operation = _evenly(operation, rest, computations[name])
+            if operation and SKIPS in rest:
+                operation = _own(operation, computations[called("calls")[0]])
             if operation is not None:
                 yield operation
 
-    return list(walk(entry, 1))
+    return _filled(list(walk(entry, 1)))
 
 
 def seen(scope: str) -> float:
@@ -123,13 +133,15 @@ def _operation(match: re.Match, times: float, places: "_Places") -> Operation | 
     if base not in COLLECTIVES and not cycles and not kernel:
         return None
     operands = re.search(r"operand_layout_constraints=\{(.*?)\}\}", rest, re.DOTALL)
-    sizes = _sizes(result)
+    sizes, inputs = _sizes(result), _sizes(operands[1]) if kernel and operands else ()
+    tiling = re.search(r'ragged_dot_tiling="([\d,]+)"', rest)
     if begun and base in COLLECTIVES and base != "all-reduce" and len(sizes) > 1:
         sizes = sizes[1:2]  # what is begun holds its operand, too
     group, stride = _group(rest) if base in COLLECTIVES else (1, 1)
     return Operation(
-        name, base if base in COLLECTIVES else kind, times, int(cycles[1]) if cycles else 0, sizes,
-        _sizes(operands[1]) if kernel and operands else (), *_asked(rest, places), group, stride, begun,
+        name, base if base in COLLECTIVES else kind, times, int(cycles[1]) if cycles else 0, sizes, inputs,
+        *_asked(rest, places), group, stride, begun, inputs[-2][1][0] if tiling and inputs else 0,
+        tuple(map(int, tiling[1].split(","))) if tiling and inputs else (),
     )  # fmt: skip
 
 
@@ -166,6 +178,20 @@ def _evenly(op: Operation, rest: str, lines: list[str]) -> Operation:
     return dataclasses.replace(
         op, sizes=min(op.sizes, _sizes(given)[:1] or op.sizes, key=lambda s: sum(map(_bytes, s)))
     )
+
+
+def _own(op: Operation, lines: list[str]) -> Operation:
+    """A product of all rows with each expert that skips those of others, by a mask of experts and rows."""
+    given = (_sizes(m[2]) for m in map(_INSTRUCTION.match, lines) if m and m[3] == "parameter")
+    mask = next((shape for ((dtype, shape),) in given if dtype == "pred"), (1, 0))
+    return dataclasses.replace(op, times=op.times / mask[0], rows=mask[-1])
+
+
+def _filled(operations: list[Operation]) -> list[Operation]:
+    """Products by expert with the rows that come where all experts get as much, if there is room for more."""
+    sent = min((op.sizes[0][1][0] for op in operations if op.kind == "ragged-all-to-all"), default=math.inf)
+    less = lambda op: dict(rows=sent) | ({} if op.tiling else dict(times=op.times * sent / op.rows))  # noqa: E731
+    return [dataclasses.replace(op, **less(op)) if op.rows > sent else op for op in operations]
 
 
 def _sizes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:

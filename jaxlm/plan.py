@@ -16,7 +16,7 @@ this machine. Nothing is allocated: weights and batch are shapes.
 --json prints one object a plan.
 
 The time is what the TPU's compiler expects of each operation (it writes estimated cycles into its program, none for
-attention kernels), the attention kernels' FLOPs, and what devices send each other while nothing else runs.
+kernels), the FLOPs of attention's and experts' kernels, and what devices send each other while nothing else runs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -134,8 +134,8 @@ def make(
     cost = costs.Cost(operations, run.mesh, chip, costs.torus(where), slices)
     return Plan(
         **known, **_paced(config, where, known, cost.step, price), step_seconds=cost.step, compute_seconds=cost.compute,
-        attention_seconds=cost.attention, exposed_seconds=cost.exposed, uncounted=cost.uncounted,
-        operations=cost.dearest(10), collectives=cost.sent(),
+        attention_seconds=cost.attention, expert_seconds=cost.experts, exposed_seconds=cost.exposed,
+        uncounted=cost.uncounted, operations=cost.dearest(10), collectives=cost.sent(),
         mfu=known["flops_per_step"] / run.mesh.size / cost.step / chip.flops,
     )  # fmt: skip
 

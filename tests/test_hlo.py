@@ -56,6 +56,13 @@ StackFrames
   ROOT %out = (s32[]{:T(128)}, bf16[8,4]{1,0}) tuple(%i, %product)
 }
 
+%masked (a: bf16[64,4], mask: pred[2,64], b: bf16[64,8]) -> bf16[2,4,8] {
+  %a = bf16[64,4]{1,0} parameter(0)
+  %mask = pred[2,64]{1,0:T(8,128)(4,1)S(1)} parameter(1)
+  %b = bf16[64,8]{1,0} parameter(2)
+  ROOT %each = bf16[2,4,8]{2,1,0} convolution(%a, %b), window={size=2 stride=1 lhs_dilate=2}, dim_labels=0fb_0io->0bf
+}
+
 %cheap (x: f32[8]) -> f32[8] {
   ROOT %c = f32[8]{0} fusion(%x), kind=kLoop, calls=%nothing, backend_config={"estimated_cycles":"10"}
 }
@@ -72,6 +79,8 @@ ENTRY %main.1_spmd (p: bf16[8,4]) -> bf16[8,4] {
   %room = f32[64,4]{1,0} broadcast(%zero), dimensions={}
   %there = f32[64,4]{1,0} ragged-all-to-all(%little, %room, %i, %s, %o, %r), replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}
   %back = f32[16,4]{1,0} ragged-all-to-all(%there, %little, %i, %s, %o, %r), replica_groups={{0,4},{1,5},{2,6},{3,7}}
+  %by_expert = bf16[64,8]{1,0} custom-call(%count, %there, %w), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[1]{0}, bf16[64,4]{1,0}, bf16[2,4,8]{2,1,0}}, frontend_attributes={ragged_dot_tiling="128,4,8"}, metadata={op_name="ragged-dot-none"}
+  %gradient = bf16[2,4,8]{2,1,0} fusion(%there, %mask, %by_expert), kind=kOutput, calls=%masked, backend_config={"window_config":{"estimated_cycles":"6000"},"mask_aggregator_config":{"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_ITERATION_INDICES"}}
   %send = (f32[6]{0}, u32[], token[]) send(%little, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %sum = (f32[6]{0}, f32[6]{0}) all-reduce-start(%either, %either), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
 }
@@ -85,7 +94,7 @@ def operations():
 
 def test_a_loop_counts_as_often_as_it_runs_and_of_a_choice_the_dearest(operations):
     costs = {name: op.times * op.cycles for name, op in operations.items() if op.cycles}
-    assert costs == {"product": 32_000, "d": 70}
+    assert costs == {"product": 32_000, "d": 70, "gradient": 750}
 
 
 def test_a_loop_may_count_without_a_sign():
@@ -127,6 +136,15 @@ def test_a_ragged_exchange_sends_what_there_is_and_not_what_there_is_room_for(op
     there, back = operations["there"], operations["back"]
     assert there.sent == back.sent == 1 / 2 * 16 * 4 * 4
     assert (there.group, there.stride) == (back.group, back.stride) == (2, 4)
+
+
+def test_of_rows_by_expert_those_are_counted_that_would_come_if_all_got_as_much(operations):
+    """A buffer has room for 64, and 16 are sent; the gradient is written as every expert's of every row, and skips."""
+    product, gradient = operations["by_expert"], operations["gradient"]
+    assert (product.times, product.rows, product.tiling) == (1, 16, (128, 4, 8))
+    assert gradient.times * gradient.cycles == 6000 / 2 * 16 / 64
+    alone = {op.name: op for op in hlo.read(re.sub(r"\n.* ragged-all-to-all\(.*", "", TEXT))}
+    assert (alone["by_expert"].rows, alone["gradient"].times) == (64, 1 / 2), "where none travel, each row is one's"
 
 
 def test_what_goes_to_other_slices_through_the_host_is_a_collective(operations):

@@ -121,6 +121,22 @@ def test_an_attention_kernel_is_counted_with_and_without_an_axis_for_its_rows():
     assert seconds() == pytest.approx(wanted) and seconds(3) == pytest.approx(3 * wanted)
 
 
+def test_a_product_by_expert_takes_its_floating_point_operations_or_what_its_blocks_read():
+    """Blocks that hold the whole of D read each expert's weights once, others for every 128 rows anew."""
+
+    def seconds(*tiling, rows=4096):
+        inputs = (("s32", (1,)), ("bf16", (rows, 512)), ("bf16", (8, 512, 1024)))
+        out = (("bf16", (rows, 1024)),)
+        kernel = Operation("ragged-dot.1", "custom-call", 1, 0, out, inputs, "", "", rows=rows, tiling=tiling)
+        cost = Cost([kernel], None, chips.CHIPS["TPU v5 lite"], (2, 2, 1), 1)
+        assert not cost.uncounted and not cost.attention and cost.experts == cost.step
+        return cost.step
+
+    assert seconds(512, 512, 1024) == pytest.approx(2 * 4096 * 512 * 1024 / (KERNEL * 197e12))
+    assert seconds(128, 256, 1024) == pytest.approx(2 * (4096 * 512 + 4096 / 128 * 512 * 1024) / 0.82e12)
+    assert seconds(128, 512, 512, rows=16) == pytest.approx(2 * (2 * 16 * 512 + 8 * 512 * 1024) / 0.82e12)
+
+
 @pytest.mark.parametrize("stride, slices, crosses", [(1, 1, False), (7, 1, False), (3, 2, False), (4, 2, True)])
 def test_only_what_leaves_its_slice_takes_the_slow_network(stride, slices, crosses):
     """The last of a ring sends to the first, as far away as the ring is long, and stays in the slice."""

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxlm.planning.costs import KERNEL
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -38,6 +40,7 @@ class Plan:
     estimated_cycles: int | None = None
     compute_seconds: float | None = None
     attention_seconds: float | None = None
+    expert_seconds: float | None = None  # of the kernels that multiply rows by their experts' matrices
     exposed_seconds: float | None = None
     step_seconds: float | None = None
     roofline_seconds: float | None = None
@@ -76,6 +79,7 @@ class Serving:
     prefill_seconds: float | None = None  # of all prompts together
     prefill_roofline_seconds: float | None = None
     token_seconds: float | None = None  # one more token of every row
+    expert_seconds: float | None = None  # of it, the kernels that multiply rows by their experts' matrices
     options_seconds: float | None = None  # more, where rows ask for top-k, top-p, penalties and bans
     token_roofline_seconds: float | None = None
     bound_by: str | None = None  # what the roofline of a token is: reading memory, or products
@@ -101,6 +105,13 @@ def show(plan: Plan | Serving, console: Console) -> None:
         )
     if plan.uncounted:
         console.print(f"Not in these times, as nothing tells how long they take: {', '.join(plan.uncounted)}")
+    if plan.expert_seconds:
+        console.print(
+            "Experts' kernels, for which the compiler tells no time, are counted as if they reached the "
+            f"{KERNEL:.0%} of the peak that were fitted to attention's, or read at the memory's full speed where that "
+            "takes longer, all experts getting as many tokens. None of it was measured",
+            highlight=False,
+        )
     if plan.operations:
         table = Table("ms", "asked for by", "", title="What takes longest")
         for row in plan.operations:
@@ -152,6 +163,8 @@ def _training(plan: Plan) -> Iterable[tuple[str, str]]:
         cycles = f" ({plan.estimated_cycles / 1e9:.3f} G cycles)" if plan.estimated_cycles else ""
         yield "of it products and the rest", f"{plan.compute_seconds:.3f} s{cycles}"
         yield "attention kernels", f"{plan.attention_seconds:.3f} s"
+        if plan.expert_seconds:
+            yield "experts' kernels", f"{plan.expert_seconds:.3f} s"
         yield "sending, while nothing else runs", f"{plan.exposed_seconds:.3f} s"
     some = "" if plan.compiled else "at most "
     if plan.tokens_per_second_per_device is not None:

@@ -100,7 +100,7 @@ def make(
     share = lambda found: [dict(row, seconds=row["seconds"] / STEPS) for row in found]  # noqa: E731
     return Serving(
         **known, prefill_seconds=reading.step, token_seconds=token, options_seconds=most - token,
-        tokens_per_second_per_device=rows / token / mesh.size,
+        expert_seconds=writing.experts / STEPS, tokens_per_second_per_device=rows / token / mesh.size,
         uncounted=sorted({*reading.uncounted, *writing.uncounted}), operations=share(writing.dearest(10)),
         collectives=[
             dict(row, count=round(row["count"] / STEPS), bytes=row["bytes"] / STEPS) for row in share(writing.sent())
