@@ -28,6 +28,8 @@ ABOUT: dict[str, dict[str, int]] = {
     "width": dict(layers=2),
     "context": dict(layers=1, width=64, batch=1),
     "vocab": dict(layers=1),
+    "devices": dict(layers=8, width=512, context=512, batch=2, vocab=8192),  # the batch of each device
+    "devices, one batch": dict(layers=8, width=512, context=512, batch=256, vocab=8192),  # and that of all together
 }
 TPUS = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 SECONDS, FEWEST, MOST = 2.0, 2, 30  # a point is measured so long, with so many steps after the first
@@ -93,19 +95,20 @@ def stepped(axis: str, size: int) -> dict[str, Any]:
 
 
 def planned(axis: str, size: int) -> dict[str, Any]:
-    """A Llama's step on so many TPUs, parameters split over all: two rows of 512 tokens each, or 512 rows in all."""
+    """A Llama's step on so many TPUs, parameters split over all: rows for each of them, or for all together."""
     import jax
 
     from jaxlm import plan
     from jaxlm.data.words import Words
 
     jax.config.update("jax_platforms", "cpu")  # the TPUs are not here
+    c = BASE | ABOUT[axis]
     config = dict(
-        model=dict(name="llama", layers=8, width=512, heads=4, kv_heads=4, mlp_width=2048),
-        optimizer=dict(name="adamw", lr=1e-3), steps=1000, length=512, batch=512 if axis != "devices" else 2 * size,
-        mesh=dict(data=1, fsdp=size),
+        model=dict(name="llama", layers=c["layers"], width=c["width"], heads=4, kv_heads=4, mlp_width=4 * c["width"]),
+        optimizer=dict(name="adamw", lr=1e-3), steps=1000, length=c["context"],
+        batch=c["batch"] * (size if axis == "devices" else 1), mesh=dict(data=1, fsdp=size),
     )  # fmt: skip
-    found = plan.make(config, plan.devices(TPUS[size]), words=Words.of_size(8192))
+    found = plan.make(config, plan.devices(TPUS[size]), words=Words.of_size(c["vocab"]))
     step, exposed = found.step_seconds or 0.0, found.exposed_seconds or 0.0
     return dict(
         step_ms=round(step * 1e3, 2), compute_ms=round((step - exposed) * 1e3, 2), sending_ms=round(exposed * 1e3, 2),
