@@ -1,15 +1,17 @@
 """What `jaxlm plan` says without a compiler, of serving, and in a search."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
+from rich.console import Console
 
 from jaxlm import axes, plan
 from jaxlm.data.words import Words
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
-from jaxlm.planning import arithmetic, serving
+from jaxlm.planning import arithmetic, forecast, serving
 
 LLAMA = dict(name="llama", layers=2, width=64, heads=4, kv_heads=4, head_width=16, mlp_width=128, context=256)
 CONFIG = dict(
@@ -92,6 +94,13 @@ def test_a_bound_is_no_prediction_and_is_printed_as_what_it_is(capsys, tmp_path)
     plan.main(command)
     said = " ".join(capsys.readouterr().out.split())
     assert "at most" in said and "at least" in said and "Neither is a prediction" in said and "MFU" not in said
+
+
+def test_of_experts_kernels_it_is_said_that_their_time_is_an_assumption(capsys):
+    for seconds, told in ((0.5, True), (None, False)):
+        forecast.show(dataclasses.replace(counted(), expert_seconds=seconds), Console())
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("Experts' kernels" in said and "65% of the peak" in said and "None of it was measured" in said) == told
 
 
 def test_a_host_reads_the_rows_that_its_own_devices_hold():
