@@ -105,10 +105,8 @@ def read(text: str, unknown: int = 1, wanted: bool = True) -> list[Operation]:
                 yield from walk((called("to_apply") or called("calls"))[0], times)
                 continue
             if kind == "fusion":
-                inside = (op for op in walk(called("calls")[0], times) if op.kind in COLLECTIVES)
-                if called("calls")[0].startswith("all-reduce-scatter"):
-                    inside = (_scattered(op, match, places) for op in inside)
-                yield from inside
+                inside = called("calls")[0]
+                yield from _sending(walk(inside, times), inside, "".join(computations.get(inside, ())), match, places)
             operation = _operation(match, times, places) or _crossing(match, times, devices)
             if operation and operation.kind == "ragged-all-to-all":
                 operation = _evenly(operation, rest, computations[name])
@@ -150,6 +148,17 @@ def _asked(rest: str, places: "_Places") -> tuple[str, str]:
     scope = re.search(r'op_name="([^"]*)"', rest)
     frame = re.search(r"stack_frame_id=(\d+)", rest)
     return scope[1] if scope else "", places.of(int(frame[1])) if frame else places.written(rest)
+
+
+def _sending(
+    inside: Iterator[Operation], name: str, text: str, fusion: re.Match, places: "_Places"
+) -> Iterator[Operation]:
+    """The collectives of what is fused; of those that go on beside several fusions, the one that begins them tells."""
+    if name.startswith("async_collective_fusion") or '"AsyncCollectiveDone"' in text:
+        return
+    for op in (op for op in inside if op.kind in COLLECTIVES):
+        one = _scattered(op, fusion, places) if name.startswith("all-reduce-scatter") else op
+        yield dataclasses.replace(one, begun=one.begun or '"AsyncCollectiveStart"' in text)
 
 
 def _scattered(op: Operation, fusion: re.Match, places: "_Places") -> Operation:

@@ -37,6 +37,22 @@ StackFrames
   ROOT %own = bf16[4,4]{1,0} dynamic-slice(%whole, %at, %zero), dynamic_slice_sizes={4,4}
 }
 
+%begin (c: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
+  %c = bf16[8,4]{1,0} parameter(0)
+  %begun = bf16[32,4]{1,0} all-gather(%c), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
+  ROOT %start = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) custom-call(%begun), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (c: bf16[8,4], d: bf16[32,4], e: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
+  %goes_on = bf16[32,4]{1,0} all-gather(%c), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
+  ROOT %both = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) tuple(%e, %goes_on)
+}
+
+%end (c: bf16[8,4], d: bf16[32,4]) -> bf16[32,4] {
+  %ended = bf16[32,4]{1,0} all-gather(%c), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
+  ROOT %done = bf16[32,4]{1,0} custom-call(%ended, %d), custom_call_target="AsyncCollectiveDone"
+}
+
 %cond (t: (s32[], bf16[8,4])) -> pred[] {
   %n = s32[]{:T(128)} constant(32)
   %t = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
@@ -79,6 +95,9 @@ ENTRY %main.1_spmd (p: bf16[8,4]) -> bf16[8,4] {
   %room = f32[64,4]{1,0} broadcast(%zero), dimensions={}
   %there = f32[64,4]{1,0} ragged-all-to-all(%little, %room, %i, %s, %o, %r), replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}
   %back = f32[16,4]{1,0} ragged-all-to-all(%there, %little, %i, %s, %o, %r), replica_groups={{0,4},{1,5},{2,6},{3,7}}
+  %f1 = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) fusion(%p), kind=kCustom, calls=%begin
+  %f2 = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) fusion(%p, %f1, %little), kind=kOutput, calls=%async_collective_fusion.1
+  %f3 = bf16[32,4]{1,0} fusion(%p, %f2), kind=kCustom, calls=%end
   %by_expert = bf16[64,8]{1,0} custom-call(%count, %there, %w), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[1]{0}, bf16[64,4]{1,0}, bf16[2,4,8]{2,1,0}}, frontend_attributes={ragged_dot_tiling="128,4,8"}, metadata={op_name="ragged-dot-none"}
   %gradient = bf16[2,4,8]{2,1,0} fusion(%there, %mask, %by_expert), kind=kOutput, calls=%masked, backend_config={"window_config":{"estimated_cycles":"6000"},"mask_aggregator_config":{"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_ITERATION_INDICES"}}
   %send = (f32[6]{0}, u32[], token[]) send(%little, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -130,6 +149,11 @@ def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter(operation
     assert (whole.kind, whole.times, whole.sizes) == ("reduce-scatter", 32, (("bf16", (4, 4)),))
     assert whole.sent == 4 * 4 * 2, "half of it, and not twice that"
     assert (whole.source, "transpose(" in whole.scope) == ("jaxlm/models/llama.py:95", True), "the fusion tells them"
+
+
+def test_what_is_sent_beside_other_fusions_is_one_collective_that_was_begun(operations):
+    assert operations["begun"].begun and operations["begun"].times == 1
+    assert not {"goes_on", "ended"} & operations.keys()
 
 
 def test_a_ragged_exchange_sends_what_there_is_and_not_what_there_is_room_for(operations):
