@@ -145,7 +145,8 @@ def _counted(config: Mapping[str, Any], where: list[Any], run: Run, row: float, 
     known = _known(config, where, run)
     parts = config.get("accumulate", 1)
     gradients = known["parameter_bytes"] * (1 if parts == 1 else 2)
-    temporary = round(gradients + row * config["batch"] / parts / run.mesh.size)
+    room = arithmetic.at_the_head(run.parts, config["batch"] // parts, config["length"], run.mesh, run.rules)
+    temporary = round(gradients + room + row * config["batch"] / parts / run.mesh.size)
     sends = arithmetic.sends(run.parts, config, where, run.mesh)
     bound = known["roofline_seconds"]
     return Plan(

@@ -53,7 +53,19 @@ def test_more_is_kept_for_the_backward_pass_where_less_is_computed_again():
     assert kept == sorted(kept) and kept[0] < kept[1] < kept[2]
     layers = 2 * 32 * 128 * 64 * 2 / 8  # each layer's input, in bfloat16, on one of eight devices
     gradients = Blueprint.of(LLAMA, vocab=512).size * 4 / 8
-    assert layers < kept[0] - gradients < 12 * layers
+    head = 512 * 64 * (2 + 4) + 32 // 8 * 128 * 512 * (4 + 2)  # and its gradient, logits and theirs
+    assert layers < kept[0] - gradients - head < 12 * layers
+
+
+def test_while_the_loss_is_computed_a_device_has_the_head_its_gradient_and_a_chunk_of_logits():
+    def room(**mesh):
+        config, words = {**CONFIG, "mesh": mesh}, Words.of_size(V)
+        run = plan.assemble(config, arithmetic.devices("gpu:h100x8"), words=words)
+        return arithmetic.at_the_head(run.parts, 32, 128, run.mesh, run.rules)
+
+    V, D, tokens = 65_536, 64, 32 // 8 * 128
+    assert room(data=1, fsdp=8) == room(data=8) == V * D * (2 + 4) + tokens * V * (4 + 2)
+    assert room(data=1, tensor=8) == (V * D * (2 + 4) + 8 * tokens * V * (4 + 2)) / 8
 
 
 def sends(topology, **sizes):

@@ -20,6 +20,7 @@ import numpy as np
 from jaxlm import axes, chips, lookup
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
+from jaxlm.nn.loss import tokens_at_once
 from jaxlm.planning import costs
 from jaxlm.planning.forecast import Plan
 from jaxlm.step import Parts
@@ -98,6 +99,20 @@ def kept(parts: Parts, batch: Mapping[str, Any], mesh: Mesh, rules: Mapping[str,
 
     with axes.on(mesh, rules):
         return (left(2 * ways) - left(ways)) / ways
+
+
+def at_the_head(parts: Parts, rows: int, length: int, mesh: Mesh, rules: Mapping[str, Any]) -> float:
+    """Bytes on a device while it computes the loss, beside what is kept: the head in the products' dtype and its
+    gradient in float32, gathered along D, and a chunk's logits and their gradient (`nn/loss.py`).
+    """
+    table = parts.blueprint.shapes.get("untied_VD", parts.blueprint.shapes.get("embed_VD"))
+    if table is None:
+        return 0.0
+    (V, D), width = table.shape, np.dtype(parts.blueprint.config.dtype).itemsize
+    with axes.on(mesh, rules):
+        ways = lambda letter, n: axes.ways(axes.splitting(letter, letter, (n,)))  # noqa: E731
+        tokens = rows / ways("B", rows) * min(tokens_at_once(rows, V), length / mesh.shape["sequence"])
+        return V / ways("V", V) * (D * (width + 4) + tokens * (4 + width))
 
 
 def sends(parts: Parts, config: Mapping[str, Any], where: list[Any], mesh: Mesh) -> list[dict[str, Any]]:
