@@ -8,6 +8,7 @@ A step that `Guard` refuses changes nothing but the counts in `progress`.
 from collections.abc import Callable, Mapping
 import dataclasses
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,7 @@ def assemble(
     function = make(blueprint, tx, task.loss, seed=seed, accumulate=accumulate, ema=ema, guard=limits, apart=apart)
     state = shapes(blueprint, tx, mesh, rules, ema=ema)
     places = jax.tree.map(lambda x: x.sharding, state)
-    update = jax.jit(function, donate_argnums=0, out_shardings=(places, None))
+    update = jax.jit(function, donate_argnums=0, out_shardings=(places, None), compiler_options=_options(mesh))
     return Parts(blueprint, task, tx, rate, limits, update, state)
 
 
@@ -107,6 +108,18 @@ def abreast(
     if mesh or not (models.apart(c) and objectives.apart(objective)) or 12 * c.layers * c.width**2 >= 2**27:
         return 1
     return next(n for n in range(min(program.cores(), ABREAST), 0, -1) if batch // accumulate % n == 0)
+
+
+def _options(mesh: Mesh) -> dict[str, Any] | None:
+    """Have a TPU gather a weight before it multiplies by it, and sum a gradient behind its product. Left alone, its
+    compiler may multiply by one device's part after the other, sent around meanwhile: parts of a few columns leave most
+    of a TPU idle. Where `tensor` splits heads and hidden units, what is sent around are tokens, and it is left alone,
+    as it is where LIBTPU_INIT_ARGS says how it is to be.
+    """
+    flag = "xla_tpu_enable_windowed_einsum_for_"
+    if axes.platform() != "tpu" or mesh.shape["tensor"] > 1 or flag in os.environ.get("LIBTPU_INIT_ARGS", ""):
+        return None
+    return {flag + "all_gather": False, flag + "reduce_scatter": False}
 
 
 def check_batch(batch: int, accumulate: int) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm import chips, plan
+from jaxlm import axes, chips, plan, step
 from jaxlm.data.words import Words
 from jaxlm.hlo import Operation
 from jaxlm.lookup import Mistake
@@ -47,6 +47,20 @@ def test_a_plan_tells_memory_time_operations_and_what_is_sent(tmp_path, capsys):
     assert told["dollars"] == pytest.approx(told["days"] * 24 * 4 * 1.5)
     assert len(told["operations"]) == 10 and any(op["source"].startswith("jaxlm/") for op in told["operations"])
     assert all(sent["axes"] == "fsdp" for sent in told["collectives"] if sent["kind"] != "collective-permute")
+
+
+def test_a_tpu_is_told_to_gather_weights_unless_it_splits_by_tensor_or_the_user_has_a_say(monkeypatch):
+    def told(where, **sizes):
+        mesh = axes.mesh(data=1, **sizes, devices=where)
+        with axes.on(mesh):
+            return step._options(mesh)
+
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    tpus = plan.devices("v5e:2x2")
+    assert len(told(tpus, fsdp=4) or ()) == 2
+    assert told(tpus, tensor=4) is told(plan.devices("gpu:h100x4"), fsdp=4) is None
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_windowed_einsum_for_all_gather=true")
+    assert told(tpus, fsdp=4) is None
 
 
 def test_what_layers_hand_on_is_counted_once_however_many_they_are():

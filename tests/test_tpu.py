@@ -75,6 +75,17 @@ def test_rows_split_over_four_times_the_tpus_take_a_part_of_the_memory_of_each()
 
 
 @pytest.mark.endurance
+def test_a_weight_is_gathered_before_it_is_used_and_not_sent_around_part_by_part():
+    """As libtpu has it, left alone, with parts of 32 columns where a TPU multiplies by 128 or more at once."""
+    model = dict(name="llama", layers=2, width=512, heads=4, kv_heads=4, mlp_width=1536)
+    mesh, optimizer = dict(data=1, fsdp=16), dict(name="adamw")
+    config = dict(model=model, optimizer=optimizer, steps=10, batch=32, length=1024, mesh=mesh)
+    _, program = plan.compile_step(config, plan.devices("v5e:4x4"), words=Words.of_size(8192))
+    kinds = {op.kind for op in hlo.read(program.as_text())}
+    assert "all-gather" in kinds and "collective-permute" not in kinds
+
+
+@pytest.mark.endurance
 def test_only_the_shards_of_gradients_go_to_other_slices():
     """Summed inside a slice first, so that each device sends what it keeps: the compiler sees to it."""
     model = dict(name="llama", layers=2, width=256, heads=2, kv_heads=2, head_width=128, mlp_width=512)
