@@ -171,6 +171,12 @@ def test_a_search_compiles_no_more_than_it_may_and_says_how_far_it_is():
     assert "candidates" in said[1] and said[-1].startswith("3 of 3, ") and "fits" in said[-1]
 
 
+def test_a_search_puts_more_rows_first_as_gradients_are_summed_once_a_step():
+    found = plan.candidates({**CONFIG, "batch": 64}, arithmetic.devices("gpu:h100x8"), words=WORDS)
+    rows = [one.config["batch"] for one in found if one.split == (8, 1, "full")]
+    assert rows == [128, 64, 32]
+
+
 def test_a_search_keeps_the_axes_that_it_does_not_vary():
     config = {**CONFIG, "batch": 8, "mesh": dict(data=2, sequence=2)}
     found = plan.candidates(config, arithmetic.devices("gpu:h100x4"), words=WORDS)
