@@ -113,11 +113,11 @@ def abreast(
 def _options(mesh: Mesh) -> dict[str, Any] | None:
     """Have a TPU gather a weight before it multiplies by it, and sum a gradient behind its product. Left alone, its
     compiler may multiply by one device's part after the other, sent around meanwhile: parts of a few columns leave most
-    of a TPU idle. Where `tensor` splits heads and hidden units, what is sent around are tokens, and it is left alone,
-    as it is where LIBTPU_INIT_ARGS says how it is to be.
+    of a TPU idle. Where `tensor` or `sequence` splits tokens, these are what is sent, and it is left alone, as it is
+    where LIBTPU_INIT_ARGS says how it is to be.
     """
-    flag = "xla_tpu_enable_windowed_einsum_for_"
-    if axes.platform() != "tpu" or mesh.shape["tensor"] > 1 or flag in os.environ.get("LIBTPU_INIT_ARGS", ""):
+    flag, split = "xla_tpu_enable_windowed_einsum_for_", mesh.shape["tensor"] * mesh.shape["sequence"] > 1
+    if axes.platform() != "tpu" or split or flag in os.environ.get("LIBTPU_INIT_ARGS", ""):
         return None
     return {flag + "all_gather": False, flag + "reduce_scatter": False}
 

@@ -49,7 +49,7 @@ def test_a_plan_tells_memory_time_operations_and_what_is_sent(tmp_path, capsys):
     assert all(sent["axes"] == "fsdp" for sent in told["collectives"] if sent["kind"] != "collective-permute")
 
 
-def test_a_tpu_is_told_to_gather_weights_unless_it_splits_by_tensor_or_the_user_has_a_say(monkeypatch):
+def test_a_tpu_is_told_to_gather_weights_unless_it_splits_tokens_or_the_user_has_a_say(monkeypatch):
     def told(where, **sizes):
         mesh = axes.mesh(data=1, **sizes, devices=where)
         with axes.on(mesh):
@@ -58,7 +58,7 @@ def test_a_tpu_is_told_to_gather_weights_unless_it_splits_by_tensor_or_the_user_
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     tpus = plan.devices("v5e:2x2")
     assert len(told(tpus, fsdp=4) or ()) == 2
-    assert told(tpus, tensor=4) is told(plan.devices("gpu:h100x4"), fsdp=4) is None
+    assert told(tpus, tensor=4) is told(tpus, sequence=4) is told(plan.devices("gpu:h100x4"), fsdp=4) is None
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_windowed_einsum_for_all_gather=true")
     assert told(tpus, fsdp=4) is None
 
