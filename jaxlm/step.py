@@ -193,38 +193,12 @@ def make(
     over rows, each the same whatever rows are beside it.
     """
 
-    def gradients(params, batch, key, weight):
-        """Gradients of the loss over `weight`, and the sums over the batch's tokens."""
-
-        def scaled(params, part, key):
-            sums = loss(blueprint.bind(params), part, key)
-            return sums.loss / weight, sums
-
-        both = jax.value_and_grad(scaled, has_aux=True)
-        if accumulate == 1:
-            (_, sums), grads = both(params, batch, key)
-            return grads, sums
-
-        def add(total, xs):
-            part, i = xs
-            (_, sums), grads = both(params, part, None if key is None else jax.random.fold_in(key, i))
-            return jax.tree.map(jnp.add, total, (grads, sums)), None
-
-        parts = jax.tree.map(lambda x: _interleave(x, accumulate), dict(batch))
-        (_, sums), grads = jax.eval_shape(both, params, jax.tree.map(lambda x: x[0], parts), key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
-        return jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))[0]
+    gradients = _gradients(blueprint, loss, accumulate, apart)
 
     def step(state, batch):
         progress = state["progress"]
         key = jax.random.fold_in(jax.random.key(seed), progress["step"]) if blueprint.config.dropout else None
-        if apart and (sums_of := _over_rows(batch, accumulate)):
-            summed = sums_of(lambda params, batch: (*gradients(params, batch, None, 1.0), batch["weights"].sum()))
-            grads, sums, weight = summed(state["params"], batch)
-            grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), grads)
-        else:
-            weight = jnp.maximum(batch["weights"].sum(), 1.0)
-            grads, sums = gradients(state["params"], batch, key, weight)
+        grads, sums = gradients(state["params"], batch, key)
         norm, mean = optax.tree.norm(grads), sums.loss / jnp.maximum(sums.weight, 1.0)
         spike = (progress["seen"] >= guard.after) & (norm > guard.factor * progress["norm"])
         finite = jnp.isfinite(norm) & jnp.isfinite(mean) & (sums.weight > 0)
@@ -252,6 +226,39 @@ def make(
         return new, metrics | dict(skipped=new["progress"]["skipped"], in_row=new["progress"]["in_row"])
 
     return step
+
+
+def _gradients(blueprint: Blueprint, loss: Callable, accumulate: int, apart: bool) -> Callable:
+    """The function (params, batch, key) -> gradients of the mean loss of the batch's tokens, and the sums over them."""
+
+    def over(weight, params, batch, key=None):
+        def scaled(params, part, key):
+            sums = loss(blueprint.bind(params), part, key)
+            return sums.loss / weight, sums
+
+        both = jax.value_and_grad(scaled, has_aux=True)
+        if accumulate == 1:
+            (_, sums), grads = both(params, batch, key)
+            return grads, sums
+
+        def add(total, xs):
+            part, i = xs
+            (_, sums), grads = both(params, part, None if key is None else jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+        parts = jax.tree.map(lambda x: _interleave(x, accumulate), dict(batch))
+        (_, sums), grads = jax.eval_shape(both, params, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
+        return jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))[0]
+
+    def gradients(params, batch, key):
+        if apart and (summed := _over_rows(batch, accumulate)):
+            sum_all = summed(lambda params, batch: (*over(1.0, params, batch), batch["weights"].sum()))
+            grads, sums, weight = sum_all(params, batch)
+            return jax.tree.map(lambda x: x / jnp.maximum(weight, 1.0), grads), sums
+        return over(jnp.maximum(batch["weights"].sum(), 1.0), params, batch, key)
+
+    return gradients
 
 
 def _over_rows(batch: Mapping[str, jax.Array], accumulate: int) -> Callable | None:

@@ -90,28 +90,6 @@ def test_devices_of_a_cpu_sum_once_and_make_of_uneven_rows_what_one_makes(bluepr
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, metrics)
 
 
-@pytest.mark.parametrize(
-    "change, devices",
-    [
-        ({}, 4),
-        (dict(batch=6), 3),
-        (dict(batch=7), 1),
-        (dict(accumulate=4), 2),
-        (dict(mesh=dict(data=-1)), 1),
-        (dict(model=MODEL | {"dropout": 0.1}), 1),
-        (dict(model=dict(name="mixtral", layers=1, width=8)), 1),
-        (dict(model=dict(name="llama", layers=32, width=1024)), 1),
-        (dict(model=dict(name="bert"), objective=dict(name="electra")), 1),
-        (dict(model=dict(name="bert", layers=2, width=32, heads=4), objective=dict(name="mlm", rate=0.2)), 4),
-        (dict(model=dict(name="bert", layers=2, width=32, heads=4), objective=dict(name="mlm", next="nsp")), 1),
-    ],
-    ids=str,
-)
-def test_a_cpu_is_as_many_devices_as_its_rows_allow(monkeypatch, change, devices):
-    monkeypatch.setattr("jaxlm.program.cores", lambda: 16)
-    assert step.abreast(**dict(model=MODEL, batch=8) | change) == devices
-
-
 def poisoned(value):
     """A loss that comes out wrong for batches marked by a first token of 0."""
 

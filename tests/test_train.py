@@ -1,25 +1,23 @@
 """The training promises: the same command resumes bit for bit, on any mesh; nothing silently wrong is trained."""
 
 import json
-import os
 from pathlib import Path
 import shutil
 import signal
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm import checkpoint, config, objectives, prepare, program, train
+from jaxlm import checkpoint, config, objectives, prepare, train
 from jaxlm.data import tokenizers
 from jaxlm.data.store import open as open_store
 from jaxlm.data.words import Words
 from jaxlm.lookup import Mistake, spend
 from jaxlm.models import Blueprint
 from jaxlm.nn.loss import Sums
-from tests.runs import STEPS, Started, arrays, losses, run, settings, start, two_processes, write_store
+from tests.runs import STEPS, arrays, losses, run, settings, start, two_processes, write_store
 
 pytestmark = pytest.mark.xdist_group("train")  # in one process, which makes `whole` once
 
@@ -394,23 +392,6 @@ def test_an_unfinished_store_is_never_trained_on(store, tmp_path):
             train.train(str(tmp_path), store=store, **settings())
     finally:
         manifest.with_suffix(".away").rename(manifest)
-
-
-def test_the_command_takes_the_cores_of_a_cpu_for_devices_and_learns_the_same(store, tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
-    how = dict(steps=4, model=settings()["model"] | {"dropout": 0.0}, samples=dict(prompts=["."], tokens=4))
-    train.train(str(tmp_path / "one"), store=store, **settings(**how))
-    file = tmp_path / "config.py"
-    file.write_text(
-        f"from ml_collections import ConfigDict\nfrom tests.runs import settings\n"
-        f"def get_config():\n    return ConfigDict(settings(store={store!r}, mesh={{}}, **{how}))\n"
-    )
-    flags = [f"--config={file}", f"--workdir={tmp_path / 'many'}"]
-    command = [sys.executable, "-m", "jaxlm.train", *flags]
-    printed = Started([*command, "--config.steps=2"], dict(os.environ)).finished()
-    assert f"'data': {min(4, program.cores())}" in printed or program.cores() == 3
-    assert "going on after step 2 of 4" in Started(command, dict(os.environ)).finished()
-    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def test_the_command_line_answers_a_typo_in_one_line(store, tmp_path):

@@ -6,9 +6,9 @@
 The text is karpathy/char-rnn's data/tinyshakespeare/input.txt; its first 90 % train, the rest validates.
 
 2 CPU cores with products of bfloat16, 76 s of training: validation loss over the whole validation text 1.756 (the same
-model and learning rate in PyTorch: 1.748 in 90 s; nanoGPT publishes 1.88). With `--config.dtype=bfloat16` 1.763 in 57 s,
-on one device 1.756, with seed 1 1.746, in 67 to 74 s (PyTorch: 1.752 and 1.765 in 85 and 89 s). With nanoGPT's own learning rate, 1e-3, three seeds had 1.904, 1.899 and 1.887 (PyTorch: 1.889,
-1.881, 1.905), with 2e-3 1.811 (1.798).
+model and learning rate in PyTorch: 1.748 in 90 s; nanoGPT publishes 1.88). With `--config.dtype=bfloat16` 1.763 in 57 s
+(on one device 1.756, with seed 1 1.746, in 67 to 74 s; PyTorch: 1.752 and 1.765 in 85 and 89 s). With nanoGPT's own
+learning rate, 1e-3, three seeds had 1.904, 1.899 and 1.887 (PyTorch: 1.889, 1.881, 1.905), with 2e-3 1.811 (1.798).
 """
 
 from ml_collections import ConfigDict

@@ -55,10 +55,7 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
 
     Raises `Mistake` for a name or key that is not, and for a kind of model that it does not train.
     """
-    options = dict(section or {"name": "clm"})
-    if "name" not in options:
-        raise lookup.Mistake(f"config.objective needs a name, one of: {', '.join(lookup.names(__name__))}")
-    module = lookup.module(__name__, name := options.pop("name"))
+    module, name, options = _named(section)
     if kind not in module.KINDS:
         able = [n for n in lookup.names(__name__) if kind in lookup.module(__name__, n).KINDS]
         raise lookup.Mistake(
@@ -91,9 +88,17 @@ def of(section: Mapping[str, Any] | None, *, length: int, words: Words, kind: st
 
 def apart(section: Mapping[str, Any] | None) -> bool:
     """Whether a row's loss by `config.objective` is the same whatever rows are beside it."""
-    options = dict(section or {"name": "clm"})
-    told = getattr(lookup.module(__name__, options.pop("name")), "apart", lambda: True)
+    module, _, options = _named(section)
+    told = getattr(module, "apart", lambda: True)
     return told(**_wanted(options, told))
+
+
+def _named(section: Mapping[str, Any] | None) -> tuple[Any, str, dict[str, Any]]:
+    """The module of `config.objective`, its name, and the options beside it."""
+    options = dict(section or {"name": "clm"})
+    if "name" not in options:
+        raise lookup.Mistake(f"config.objective needs a name, one of: {', '.join(lookup.names(__name__))}")
+    return lookup.module(__name__, name := options.pop("name")), name, options
 
 
 def _wanted(options: Mapping[str, Any], function: Callable) -> dict[str, Any]:

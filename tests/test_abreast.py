@@ -1,0 +1,69 @@
+"""A CPU's cores as devices, each with rows of its own (`jaxlm.step.abreast`)."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from jaxlm import program, step, train
+from jaxlm.lookup import Mistake, spend
+from tests.runs import Started, losses, settings, write_store
+
+MODEL = dict(name="llama", layers=1, width=8, heads=2, kv_heads=2, head_width=4, mlp_width=16)
+
+
+@pytest.mark.parametrize(
+    "change, devices",
+    [
+        ({}, 4),
+        (dict(batch=6), 3),
+        (dict(batch=7), 1),
+        (dict(accumulate=4), 2),
+        (dict(mesh=dict(data=-1)), 1),
+        (dict(model=MODEL | {"dropout": 0.1}), 1),
+        (dict(model=dict(name="mixtral", layers=1, width=8)), 1),
+        (dict(model=dict(name="llama", layers=32, width=1024)), 1),
+        (dict(model=dict(name="bert"), objective=dict(name="electra")), 1),
+        (dict(model=dict(name="bert", layers=2, width=32, heads=4), objective=dict(name="mlm", rate=0.2)), 4),
+        (dict(model=dict(name="bert", layers=2, width=32, heads=4), objective=dict(name="mlm", next="nsp")), 1),
+    ],
+    ids=str,
+)
+def test_a_cpu_is_as_many_devices_as_its_rows_allow(monkeypatch, change, devices):
+    monkeypatch.setattr("jaxlm.program.cores", lambda: 16)
+    assert step.abreast(**dict(model=MODEL, batch=8) | change) == devices
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(batch=0), "config.batch=0"),
+        (dict(batch="8"), "config.batch"),
+        (dict(accumulate=3), "config.batch=8 is no multiple of config.accumulate=3"),
+        (dict(model=dict(name="lama")), "did you mean 'llama'"),
+        (dict(objective=dict(name="clmm")), "did you mean 'clm'"),
+        (dict(objective=dict(rate=0.3)), "config.objective needs a name"),
+    ],
+    ids=str,
+)
+def test_what_is_no_config_is_answered_as_training_would(change, message):
+    with pytest.raises(Mistake, match=message):
+        spend("config", step.abreast, dict(model=MODEL, batch=8) | change)
+
+
+def test_the_command_takes_cores_for_devices_and_learns_the_same(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    store = write_store(tmp_path)
+    how = dict(steps=4, model=settings()["model"] | {"dropout": 0.0}, samples=dict(prompts=["."], tokens=4))
+    train.train(str(tmp_path / "one"), store=store, **settings(**how))
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"from ml_collections import ConfigDict\nfrom tests.runs import settings\n"
+        f"def get_config():\n    return ConfigDict(settings(store={store!r}, mesh={{}}, **{how}))\n"
+    )
+    command = [sys.executable, "-m", "jaxlm.train", f"--config={file}", f"--workdir={tmp_path / 'many'}"]
+    printed = Started([*command, "--config.steps=2"], dict(os.environ)).finished()
+    assert f"'data': {[1, 1, 2, 2, 4][min(4, program.cores())]}" in printed, "as many as divide the 4 rows of a part"
+    assert "going on after step 2 of 4" in Started(command, dict(os.environ)).finished()
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-5)
