@@ -154,11 +154,12 @@ def _sending(
     inside: Iterator[Operation], name: str, text: str, fusion: re.Match, places: "_Places"
 ) -> Iterator[Operation]:
     """The collectives of what is fused; of those that go on beside several fusions, the one that begins them tells."""
-    if name.startswith("async_collective_fusion") or '"AsyncCollectiveDone"' in text:
+    begins = '"AsyncCollectiveStart"' in text
+    if not begins and (name.startswith("async_collective_fusion") or '"AsyncCollectiveDone"' in text):
         return
     for op in (op for op in inside if op.kind in COLLECTIVES):
         one = _scattered(op, fusion, places) if name.startswith("all-reduce-scatter") else op
-        yield dataclasses.replace(one, begun=one.begun or '"AsyncCollectiveStart"' in text)
+        yield dataclasses.replace(one, begun=one.begun or begins)
 
 
 def _scattered(op: Operation, fusion: re.Match, places: "_Places") -> Operation:

@@ -41,8 +41,15 @@ def ask_for_huge_pages() -> None:
 
 
 def cores() -> int:
-    """The cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use, where the system tells: those it may run on, or fewer in a container whose
+    share of the time is less.
+    """
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+    except (OSError, ValueError):  # no such file, or "max"
+        return found
+    return min(found, max(1, quota // period))
 
 
 def compiled_folder() -> Path:

@@ -9,10 +9,13 @@ import dataclasses
 import json
 
 from etils import epath
+import jax
+from jax.sharding import Mesh
 
-from jaxlm import lookup
+from jaxlm import axes, lookup
 from jaxlm.lm import LM
 from jaxlm.lookup import Mistake
+from jaxlm.models import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +48,14 @@ class Samples:
         )
         samples = [dict(step=step, prompt=prompt, text=text) for prompt, text in zip(self.prompts, texts)]
         (epath.Path(workdir) / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def on_one(params: Tree) -> tuple[Tree, Mesh | None]:
+    """Parameters that every device holds whole, on one of them, and that one's mesh: others need not do the same work.
+    Any others as they are.
+    """
+    arrays = jax.tree.leaves(params)
+    if not all(x.is_fully_replicated for x in arrays):
+        return params, None
+    device = min(arrays[0].devices(), key=lambda device: device.id)
+    return jax.device_put(params, device), axes.mesh(devices=[device])

@@ -97,15 +97,17 @@ def assemble(
 
 
 def abreast(
-    *, model: Section, batch: int, objective: Section = None, accumulate: int = 1, mesh: Section = None
+    *, model: Section, vocab: int, batch: int, objective: Section = None, accumulate: int = 1, mesh: Section = None,
+    rules: Section = None,
 ) -> int:  # fmt: skip
     """For how many devices a CPU is best taken by one process: as many as it has cores, `ABREAST` at most, that divide
-    the rows of a step. One where `config.mesh` says how to split, where a row's gradient depends on the rows beside it,
-    and for 2**27 parameters and more, since each device holds all of the state.
+    the rows of a step. One where `config.mesh` or `rules` say how to split, where a row's gradient depends on the rows
+    beside it, and for 2**27 parameters and more, since each device holds all of the state. Starts no device.
     """
     check_batch(batch, accumulate)
-    _, c = models.configured(model or {}, vocab=1)
-    if mesh or not (models.apart(c) and objectives.apart(objective)) or 12 * c.layers * c.width**2 >= 2**27:
+    blueprint = Blueprint.of(model or {}, vocab=vocab)
+    alone = models.apart(blueprint.config) and objectives.apart(objective) and blueprint.size < 2**27
+    if mesh or rules or not alone:
         return 1
     return next(n for n in range(min(program.cores(), ABREAST), 0, -1) if batch // accumulate % n == 0)
 

@@ -9,6 +9,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Read `train` from
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,7 +23,6 @@ from typing import Any
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -39,10 +39,10 @@ from jaxlm.evals import held_out as evals
 from jaxlm.lm import LM
 from jaxlm.log import Log, lines, setup
 from jaxlm.lookup import Mistake
-from jaxlm.models import Blueprint, Tree
+from jaxlm.models import Blueprint
 from jaxlm.nn import pipeline as stages
 from jaxlm.objectives import Objective
-from jaxlm.samples import Samples
+from jaxlm.samples import Samples, on_one
 
 Section = Mapping[str, Any] | None
 
@@ -177,7 +177,7 @@ def train(
             checkpoints.wait()
             found = found or evaluate(steps)
             if wanted and log.writes and jax.process_count() == 1:
-                params, one = _on_one(state["ema" if ema else "params"])
+                params, one = on_one(state["ema" if ema else "params"])
                 with axes.on(one or grid, rules):
                     wanted.write(LM(blueprint, params, named, both_ways=both_ways), workdir, steps)
         if log.writes:
@@ -340,17 +340,6 @@ def _note(log: Log, metrics: Mapping[str, jax.Array], step: int, patience: int) 
         )
 
 
-def _on_one(params: Tree) -> tuple[Tree, Mesh | None]:
-    """Parameters that every device holds whole, on one of them, and that one's mesh: others need not do the same work.
-    Any others as they are.
-    """
-    arrays = jax.tree.leaves(params)
-    if not all(x.is_fully_replicated for x in arrays):
-        return params, None
-    device = min(arrays[0].devices(), key=lambda device: device.id)
-    return jax.device_put(params, device), axes.mesh(devices=[device])
-
-
 def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -> None:
     """Leave summary.json and report.html in the workdir."""
     from jaxlm import report  # it draws with matplotlib, which takes a second to import: not before the first step
@@ -366,6 +355,19 @@ def _summarise(workdir: str, blueprint: Blueprint, found: Mapping[str, float]) -
     report.write(workdir)
 
 
+def _take_cores(keys: Mapping[str, Any]) -> None:
+    """Have JAX take a CPU for as many devices as `step.abreast` says, unless it was told already, or has begun. What
+    keys are missing is left to `train` to say.
+    """
+    told = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform" in os.environ.get("XLA_FLAGS", "")
+    if told or not {"model", "batch"} <= keys.keys() or not isinstance(keys.get("store"), str):
+        return
+    wanted = {name: keys[name] for name in lookup.keywords(steps_.abreast) & keys.keys()}
+    devices = lookup.spend("config", steps_.abreast, wanted, vocab=open_store(keys["store"]).vocab)
+    with contextlib.suppress(RuntimeError):  # of a process whose devices are there already
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
 def main(argv: list[str]) -> None:
     """Read the command line, prepare the workdir, train."""
     args = configs.parse(__doc__ or "", argv)
@@ -374,9 +376,8 @@ def main(argv: list[str]) -> None:
     settings: ConfigDict = args.config
     keys = {name: value for name, value in settings.to_dict().items() if name != "distributed"}
     meet = bool(settings.get("distributed"))
-    if not meet and not {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_CPU_DEVICES"} & os.environ.keys():
-        told = {name: keys[name] for name in lookup.keywords(steps_.abreast) & keys.keys()}
-        jax.config.update("jax_num_cpu_devices", lookup.spend("config", steps_.abreast, told))
+    if not meet and "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        _take_cores(keys)
     with hosts.Together(args.workdir, meet=meet):
         workdir = epath.Path(args.workdir)
         workdir.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,8 @@ def kept(parts: Parts, batch: Mapping[str, Any], mesh: Mesh, rules: Mapping[str,
 
 def at_the_head(parts: Parts, rows: int, length: int, mesh: Mesh, rules: Mapping[str, Any]) -> float:
     """Bytes on a device while it computes the loss, beside what is kept: the head in the products' dtype and its
-    gradient in float32, gathered along D, and a chunk's logits and their gradient (`nn/loss.py`).
+    gradient in float32, gathered along D, and a chunk's logits and their gradient (`nn/loss.py`). At most: of masked
+    tokens the head sees fewer.
     """
     table = parts.blueprint.shapes.get("untied_VD", parts.blueprint.shapes.get("embed_VD"))
     if table is None:
