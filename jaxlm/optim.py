@@ -24,6 +24,7 @@ SCHEDULES: dict[str, Callable] = {
 SHARES = ("b1", "b2", "b3", "beta", "adam_b1", "adam_b2", "decay_rate", "momentum")
 SIZES = ("eps", "eps_root", "adam_eps_root", "adam_weight_decay", "consistent_rms")
 COUNTS = ("ns_steps",)
+MULTIPLIES = ("muon",)  # whose updates are products of matrices, where others go through each parameter a few times
 
 
 def learning_rate(

@@ -25,7 +25,8 @@ from jaxlm.objectives import Objective
 State = dict[str, Any]
 Section = Mapping[str, Any] | None
 
-ABREAST = 4  # devices of a CPU, each of which holds the state
+ABREAST = 4  # devices of a CPU, each of which holds the state and updates it ...
+TOKENS = 512  # ... which pays for itself from about so many tokens a step on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +98,19 @@ def assemble(
 
 
 def abreast(
-    *, model: Section, vocab: int, batch: int, objective: Section = None, accumulate: int = 1, mesh: Section = None,
-    rules: Section = None,
+    *, model: Section, vocab: int, batch: int, length: int, objective: Section = None, optimizer: Section = None,
+    accumulate: int = 1, mesh: Section = None, rules: Section = None,
 ) -> int:  # fmt: skip
     """For how many devices a CPU is best taken by one process: as many as it has cores, `ABREAST` at most, that divide
     the rows of a step. One where `config.mesh` or `rules` say how to split, where a row's gradient depends on the rows
-    beside it, and for 2**27 parameters and more, since each device holds all of the state. Starts no device.
+    beside it, and where what each device does for all is too much: holding the state of 2**27 parameters and more,
+    Muon's products, any update after fewer than `TOKENS`. Starts no device.
     """
     check_batch(batch, accumulate)
     blueprint = Blueprint.of(model or {}, vocab=vocab)
-    alone = models.apart(blueprint.config) and objectives.apart(objective) and blueprint.size < 2**27
-    if mesh or rules or not alone:
+    alone = models.apart(blueprint.config) and objectives.apart(objective)
+    heavy = (optimizer or {}).get("name") in optim.MULTIPLIES or blueprint.size >= 2**27 or batch * length < TOKENS
+    if mesh or rules or heavy or not alone:
         return 1
     return next(n for n in range(min(program.cores(), ABREAST), 0, -1) if batch // accumulate % n == 0)
 

@@ -360,7 +360,7 @@ def _take_cores(keys: Mapping[str, Any]) -> None:
     keys are missing is left to `train` to say.
     """
     told = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform" in os.environ.get("XLA_FLAGS", "")
-    if told or not {"model", "batch"} <= keys.keys() or not isinstance(keys.get("store"), str):
+    if told or not {"model", "batch", "length"} <= keys.keys() or not isinstance(keys.get("store"), str):
         return
     wanted = {name: keys[name] for name in lookup.keywords(steps_.abreast) & keys.keys()}
     devices = lookup.spend("config", steps_.abreast, wanted, vocab=open_store(keys["store"]).vocab)

@@ -73,7 +73,9 @@ def steps(model: dict[str, Any], a: argparse.Namespace, dtype: str, *, abreast: 
     imported = time.perf_counter() - began
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as `jaxlm train` does
     if abreast and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", step.abreast(model=model, vocab=a.vocab, batch=a.batch))
+        jax.config.update(
+            "jax_num_cpu_devices", step.abreast(model=model, vocab=a.vocab, batch=a.batch, length=a.context)
+        )
     mesh = axes.mesh(devices=None if abreast else jax.devices()[:1])
     with axes.on(mesh):
         parts = step.assemble(

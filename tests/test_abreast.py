@@ -25,6 +25,9 @@ MODEL = dict(name="llama", layers=1, width=8, heads=2, kv_heads=2, head_width=4,
         (dict(model=MODEL | {"dropout": 0.1}), 1),
         (dict(model=dict(name="mixtral", layers=1, width=8)), 1),
         (dict(vocab=2**24), 1),
+        (dict(optimizer=dict(name="muon")), 1),
+        (dict(optimizer=dict(name="adafactor")), 4),
+        (dict(length=63), 1),
         (dict(rules=dict(B="fsdp")), 1),
         (dict(model=dict(name="bert"), objective=dict(name="electra")), 1),
         (dict(model=dict(name="bert", layers=2, width=32, heads=4), objective=dict(name="mlm", rate=0.2)), 4),
@@ -34,7 +37,7 @@ MODEL = dict(name="llama", layers=1, width=8, heads=2, kv_heads=2, head_width=4,
 )
 def test_a_cpu_is_as_many_devices_as_its_rows_allow(monkeypatch, change, devices):
     monkeypatch.setattr("jaxlm.program.cores", lambda: 16)
-    assert step.abreast(**dict(model=MODEL, vocab=300, batch=8) | change) == devices
+    assert step.abreast(**dict(model=MODEL, vocab=300, batch=8, length=128) | change) == devices
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_a_cpu_is_as_many_devices_as_its_rows_allow(monkeypatch, change, devices
 )
 def test_what_is_no_config_is_answered_as_training_would(change, message):
     with pytest.raises(Mistake, match=message):
-        spend("config", step.abreast, dict(model=MODEL, vocab=300, batch=8) | change)
+        spend("config", step.abreast, dict(model=MODEL, vocab=300, batch=8, length=128) | change)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_who_says_how_many_devices_there_are_is_heeded(monkeypatch, told):
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(step, "abreast", lambda **_: pytest.fail("it is told"))
-    train._take_cores(dict(model=MODEL, batch=8, store="nowhere"))
+    train._take_cores(dict(model=MODEL, batch=8, length=128, store="nowhere"))
 
 
 def test_cores_are_those_that_a_container_may_use(monkeypatch, tmp_path):
@@ -79,7 +82,7 @@ def test_the_command_takes_cores_for_devices_and_learns_the_same(tmp_path, monke
     """In two parts, bit for bit as at once, and near to what one device learns."""
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
     store = write_store(tmp_path)
-    how: dict[str, Any] = dict(steps=4, samples=dict(prompts=["."], tokens=4))
+    how: dict[str, Any] = dict(steps=4, length=64, samples=dict(prompts=["."], tokens=4))
     how["model"] = settings()["model"] | {"dropout": 0.0}
     train.train(str(tmp_path / "one"), store=store, **settings(**how))
     file = tmp_path / "config.py"
