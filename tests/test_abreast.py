@@ -4,6 +4,7 @@ import os
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -63,10 +64,13 @@ def test_what_is_no_config_is_answered_as_training_would(change, message):
 def test_who_says_how_many_devices_there_are_is_heeded(monkeypatch, told):
     """Else a mesh simulated by JAX's own flag would be of other devices than were asked for."""
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    keys, before = dict(model=MODEL, batch=8, length=128, store="nowhere"), jax.config.jax_num_cpu_devices
+    with pytest.raises(Mistake, match="nowhere"):  # untold, it looks at the store
+        train._take_cores(keys)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(step, "abreast", lambda **_: pytest.fail("it is told"))
-    train._take_cores(dict(model=MODEL, batch=8, length=128, store="nowhere"))
+    train._take_cores(keys)
+    assert jax.config.jax_num_cpu_devices == before
 
 
 def test_cores_are_those_that_a_container_may_use(monkeypatch, tmp_path):
