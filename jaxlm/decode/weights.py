@@ -56,19 +56,23 @@ def lay(params: Tree, dtype: Any, *, single: bool = False) -> Tree:
         outer = x.shape[1 + inner :]
         if single:
             return tuple(pair(layer.reshape(-1, math.prod(outer)), device, outer) for layer in np.asarray(x))
-        matrices = (layer.reshape(-1, math.prod(outer)).T for layer in np.asarray(x))
-        turned = (np.ascontiguousarray(matrix.astype(dtype, copy=False)) for matrix in matrices)
-        return tuple(Turned(jax.device_put(matrix, device), outer) for matrix in turned)
+        return tuple(turn(layer.reshape(-1, math.prod(outer)).T, dtype, device, outer) for layer in np.asarray(x))
 
     return jax.tree_util.tree_map_with_path(split, params)
 
 
-def head(table_VD: jax.Array, dtype: Any, *, single: bool = False) -> Paired | None:
-    """The table of a model's head for one row, where `lay` changes weights for it; else None."""
-    if not single or jnp.dtype(dtype) != jnp.bfloat16 or len(table_VD.devices()) > 1:
+def head(table_VD: jax.Array, dtype: Any, *, single: bool = False) -> Paired | Turned | None:
+    """The table of a model's head in bfloat16, as `lay` changes weights; else None."""
+    if jnp.dtype(dtype) != jnp.bfloat16 or len(table_VD.devices()) > 1:
         return None
-    (device,) = table_VD.devices()
-    return pair(np.asarray(table_VD).T, device, table_VD.shape[:1])
+    (device,), outer = table_VD.devices(), table_VD.shape[:1]
+    table = np.asarray(table_VD)
+    return pair(table.T, device, outer) if single else turn(table, dtype, device, outer)
+
+
+def turn(matrix: np.ndarray, dtype: Any, device: Any, outer: tuple[int, ...]) -> Turned:
+    """A matrix [outer, inner] in `dtype`, on the device."""
+    return Turned(jax.device_put(np.ascontiguousarray(matrix.astype(dtype, copy=False)), device), outer)
 
 
 def pair(matrix: np.ndarray, device: Any, outer: tuple[int, ...]) -> Paired:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxlm import axes, lookup
 from jaxlm.axes import shaped
-from jaxlm.nn import context, positions, splash, triton
+from jaxlm.nn import context, halves, positions, splash, triton
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import crossed, dense, normal, zeros
 from jaxlm.nn.mask import Mask, ahead, visible
@@ -50,20 +50,36 @@ def xla(
     return _attend_in_spans(q_BNTH, k_BKSH, v_BKSH, hides, spans)
 
 
+def over_halves(
+    q_BNTH: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask, cap: float | None, bias: Bias | None
+) -> jax.Array:
+    """The same over a cache's keys [B, K, H, S] and values [B, K, S, H] as `nn.halves` holds them."""
+    return _block(q_BNTH, keys, values, mask, cap, bias, jnp.arange(q_BNTH.shape[2]), jnp.arange(keys.shape[-1]))
+
+
 def _block(q, k, v, mask: Mask, cap: float | None, bias: Bias | None, queries: jax.Array, keys: jax.Array) -> jax.Array:
     """Attention of the queries in these slots over the keys in those, to be differentiated by JAX."""
     B, N, t, H = q.shape
-    K, s = k.shape[1:3]
-    rows = t * N // K
-    score = jnp.einsum("bkth,bksh->bkts", _several((q * H**-0.5).reshape(B, K, rows, H)), k,
-                       preferred_element_type=jnp.float32)[:, :, :rows].reshape(B, N, t, s)  # fmt: skip
+    K, rows = k.shape[1], t * N // k.shape[1]
+    scores, mixed = (halves.product, halves.product) if halves.holds(v) else (_scores, _mixed)
+    score = scores((q * H**-0.5).reshape(B, K, rows, H), k).reshape(B, N, t, len(keys))
     if cap is not None:
         score = cap * jnp.tanh(score / cap)
     if bias is not None:
         score = score + bias(ahead(mask, queries, keys))
     score = score + jnp.where(visible(mask, queries, keys), 0.0, HIDDEN)[:, None]
-    prob = jax.nn.softmax(score, axis=-1).astype(v.dtype).reshape(B, K, rows, s)
-    return jnp.einsum("bkts,bksh->bkth", _several(prob), v)[:, :, :rows].reshape(B, N, t, H)
+    prob = jax.nn.softmax(score, axis=-1).reshape(B, K, rows, -1)
+    return mixed(prob, v).reshape(B, N, t, H)
+
+
+def _scores(q_BKRH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    score = jnp.einsum("bkrh,bksh->bkrs", _several(q_BKRH), k_BKSH, preferred_element_type=jnp.float32)
+    return score[:, :, : q_BKRH.shape[2]]
+
+
+def _mixed(prob_BKRS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    out = jnp.einsum("bkrs,bksh->bkrh", _several(prob_BKRS.astype(v_BKSH.dtype)), v_BKSH)
+    return out[:, :, : prob_BKRS.shape[2]]
 
 
 def _several(x_BKTH: jax.Array) -> jax.Array:
@@ -218,9 +234,9 @@ def attend(
     return compute(q_BNTH, k_BKSH, v_BKSH, mask, cap)
 
 
-def _padded(prefix_BT: jax.Array | None, k_BKSH: jax.Array) -> jax.Array | None:
+def _padded(prefix_BT: jax.Array | None, slots: int) -> jax.Array | None:
     """For a cache that begins with these tokens, as a prefix does: the slots behind them are not of it."""
-    return None if prefix_BT is None else jnp.pad(prefix_BT, ((0, 0), (0, k_BKSH.shape[2] - prefix_BT.shape[1])))
+    return None if prefix_BT is None else jnp.pad(prefix_BT, ((0, 0), (0, slots - prefix_BT.shape[1])))
 
 
 class Attention(nnx.Module):
@@ -267,7 +283,7 @@ class Attention(nnx.Module):
             cache = cache.write(layer, k_BKTH, v_BKTH)
         elif cache is not None and layer is not None:
             cache, k_BKSH, v_BKSH = cache.extend(layer, k_BKTH, v_BKTH)
-            mask = dataclasses.replace(mask, offset_B=cache.lengths_B, prefix_BT=_padded(mask.prefix_BT, k_BKSH))
+            mask = dataclasses.replace(mask, offset_B=cache.lengths_B, prefix_BT=_padded(mask.prefix_BT, cache.slots))
         return self._out(x_BTD, q_BNTH, k_BKSH, v_BKSH, mask, bias), cache
 
     @shaped
@@ -301,6 +317,9 @@ class Attention(nnx.Module):
 
     def _out(self, x_BTD, q_BNTH, k_BKSH, v_BKSH, mask: Mask, bias: Bias | None) -> jax.Array:
         q_BNTH = axes.constrain(q_BNTH, "BNTH")
-        out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend, self.cap, bias)
+        if halves.holds(v_BKSH):
+            out_BNTH = over_halves(q_BNTH, k_BKSH, v_BKSH, mask, self.cap, bias)
+        else:
+            out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend, self.cap, bias)
         y_BTD = dense(out_BNTH.transpose(0, 2, 1, 3).astype(x_BTD.dtype), self.wo_NHD, self.bias_D, over=2)
         return axes.summed(y_BTD, "BTD", N=self.heads)

@@ -5,7 +5,8 @@ What lies beyond is stale and out of sight of a causal mask, so prompts are padd
 padding.
 
     k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that
-              stand in a row: a layer is then read where it lies, while a scan copies it out
+              stand in a row: a layer is then read where it lies, while a scan copies it out. What is computed in
+              bfloat16 is then held so as well, in half the memory (`nn.halves`)
 
 In a stack, a single token of each row waits in k_LBKH until all layers have read it, and is then put behind the rows of
 all layers at once: layers only read k_LBKSH, which a TPU lays out as their products like it, and no write turns it.
@@ -25,6 +26,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import axes
 from jaxlm.axes import shaped
+from jaxlm.nn import halves
 
 Layers = jax.Array | tuple[jax.Array, ...]
 
@@ -45,21 +47,26 @@ class Cache:
     v_LBKH: jax.Array | None = None
     # Whether a program that is traced may count on all rows being empty: new tokens then look at each other alone.
     fresh: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    # Whether a CPU's keys and values become bfloat16s, as `nn.halves` holds them, once layers stand in a row.
+    halved: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @classmethod
     def empty(
         cls, layers: int, batch: int, kv_heads: int, slots: int, head_width: int, dtype: jnp.dtype,
         values: bool = True,
     ) -> "Cache":  # fmt: skip
-        """Room for `slots` tokens in each row, none taken; on a mesh, split by rows and heads. On a CPU in float32: it
-        would turn the whole of it into that and back for each layer that writes, and for each token that reads.
+        """Room for `slots` tokens in each row, none taken; on a mesh, split by rows and heads. On a CPU in float32
+        while layers are stacked: it would turn the whole of it into that and back for each layer that writes.
         """
-        dtype = jnp.dtype("float32") if axes.platform() == "cpu" else dtype
+        cpu = axes.platform() == "cpu"
+        halved = cpu and values and dtype == jnp.bfloat16 and halves.fits(slots, head_width)
+        dtype = jnp.dtype("float32") if cpu else dtype
         sizes = dict(L=layers, B=batch, K=kv_heads, S=slots, H=head_width)
         empty = lambda letters: axes.constrain(jnp.zeros([sizes[x] for x in letters], dtype), letters)  # noqa: E731
         k_LBKSH, v_LBKSH = empty("LBKSH"), empty("LBKSH") if values else None
         k_LBKH, v_LBKH = empty("LBKH"), empty("LBKH") if values else None
-        return cls(k_LBKSH, v_LBKSH, jnp.zeros(batch, jnp.int32), k_LBKH=k_LBKH, v_LBKH=v_LBKH, fresh=True)
+        lengths_B = jnp.zeros(batch, jnp.int32)
+        return cls(k_LBKSH, v_LBKSH, lengths_B, k_LBKH=k_LBKH, v_LBKH=v_LBKH, fresh=True, halved=halved)
 
     @shaped
     def remember(self, blocks: Any, memory_BSD: jax.Array, real_BS: jax.Array) -> "Cache":
@@ -73,7 +80,12 @@ class Cache:
     @property
     def slots(self) -> int:
         """How many tokens a row has room for."""
-        return jax.tree.leaves(self.k_LBKSH)[0].shape[-2]
+        return jax.tree.leaves(self.k_LBKSH)[0].shape[-1 if self._turned else -2]
+
+    @property
+    def _turned(self) -> bool:
+        """Whether a layer's keys lie as [B K, H, S]."""
+        return self.halved and isinstance(self.k_LBKSH, tuple)
 
     @shaped
     def write(self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array | None) -> "Cache":
@@ -86,24 +98,28 @@ class Cache:
             new_BKH = new_BKTH[:, :, 0].astype(old_LBKH.dtype)
             return jax.lax.dynamic_update_index_in_dim(old_LBKH, new_BKH, layer, 0)
 
-        def put(old, new_BKTH):
+        def put(old, new_BKTH, turned):
             if not isinstance(old, tuple):
                 return _behind(old, new_BKTH[None], layer, self.lengths_B)
             row, slot_BT = jnp.arange(B * K)[:, None], self.lengths_B[:, None] + jnp.arange(T)[None]
-            new = new_BKTH.astype(old[layer].dtype).reshape(B * K, T, H)
-            x = old[layer].at[row, jnp.repeat(slot_BT, K, axis=0)].set(new, mode="drop")
+            new = halves.hold(new_BKTH) if self.halved else new_BKTH.astype(old[layer].dtype)
+            slots = jnp.repeat(slot_BT, K, axis=0)
+            place = old[layer].at[row, :, slots] if turned else old[layer].at[row, slots]
+            x = place.set(new.reshape(B * K, T, H), mode="drop")
             return (*old[:layer], x, *old[layer + 1 :])
 
         if T == 1 and self.k_LBKH is not None:
             k_LBKH, v_LBKH = _each(keep, (self.k_LBKH, k_BKTH), (self.v_LBKH, v_BKTH))
             return dataclasses.replace(self, k_LBKH=k_LBKH, v_LBKH=v_LBKH)
-        return self._with(_each(put, (self.k_LBKSH, k_BKTH), (self.v_LBKSH, v_BKTH)))
+        return self._with(_each(put, (self.k_LBKSH, k_BKTH, self._turned), (self.v_LBKSH, v_BKTH, False)))
 
     @shaped
     def extend(
         self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array | None
     ) -> tuple["Cache", jax.Array, Any]:
-        """`write`, and that layer's keys and values [B, K, S, H] with the new ones behind the others."""
+        """`write`, and that layer's keys and values [B, K, S, H] with the new ones behind the others; or as `nn.halves`
+        holds them.
+        """
         cache = self.write(layer, k_BKTH, v_BKTH)
         k_BKSH, v_BKSH = cache.read(layer)
         if k_BKTH.shape[2] == 1 and self.k_LBKH is not None:
@@ -113,7 +129,7 @@ class Cache:
         return cache, k_BKSH, v_BKSH
 
     def read(self, layer: jax.Array | int) -> tuple[jax.Array, Any]:
-        """One layer's keys and values [B, K, S, H]."""
+        """One layer's keys and values [B, K, S, H], or as `nn.halves` holds them."""
         shape = (len(self.lengths_B), -1)
         return _each(lambda x: x[layer].reshape(*shape, *x[layer].shape[-2:]), (self.k_LBKSH,), (self.v_LBKSH,))
 
@@ -159,10 +175,11 @@ class Cache:
     def unstacked(self) -> "Cache":
         """The same with every layer's keys and values in an array of its own."""
 
-        def split(x_LBKSH):
-            return tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]) for x_BKSH in x_LBKSH)
+        def split(x_LBKSH, turned):
+            layers = tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]) for x_BKSH in x_LBKSH)
+            return tuple(halves.hold(x, turned=turned) for x in layers) if self.halved else layers
 
-        cache = self._with(_each(split, (self.k_LBKSH,), (self.v_LBKSH,)))
+        cache = self._with(_each(split, (self.k_LBKSH, True), (self.v_LBKSH, False)))
         return dataclasses.replace(cache, k_LBKH=None, v_LBKH=None)
 
     def _with(self, both: tuple[Any, Any]) -> "Cache":

@@ -52,7 +52,7 @@ class Paired:
     outer: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
 
 
-PAIRS = 8  # rows of pairs that are read at a time
+PAIRS = 12  # rows of pairs that are read at a time
 
 Weight: TypeAlias = jax.Array | nnx.Param | Turned | Paired
 
@@ -63,9 +63,9 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, over: int = 1) ->
     lead = x.shape[: x.ndim - over]
     matrix = x.reshape(*flat(lead), -1)
     if isinstance(weight, Paired):
-        y, outer = _against_pairs(matrix, weight.pairs).astype(x.dtype), weight.outer
+        y, outer = _against_pairs(matrix, weight.pairs), weight.outer
     elif isinstance(weight, Turned):
-        y, outer = _against_rows(matrix, weight.matrix).astype(x.dtype), weight.outer
+        y, outer = _against_rows(matrix, weight.matrix), weight.outer
     elif axes.platform() == "cpu":
         y, outer = _product(matrix, weight.reshape(matrix.shape[-1], -1)), weight.shape[over:]
     else:  # a TPU's compiler then chooses layouts that need no copies: a Llama's step takes 7 % less
@@ -74,8 +74,8 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, over: int = 1) ->
             y = y.reshape(*lead, -1)
     if bias is not None:  # rounded once it is spread, so that its gradient is summed in float32
         row = _value(bias).reshape(outer if y.ndim == len(lead) + len(outer) else -1)
-        y = y + jnp.broadcast_to(jnp.expand_dims(row, range(y.ndim - row.ndim)), y.shape).astype(x.dtype)
-    return y.reshape(*lead, *outer)
+        y = y + jnp.broadcast_to(jnp.expand_dims(row, range(y.ndim - row.ndim)), y.shape).astype(y.dtype)
+    return y.astype(x.dtype).reshape(*lead, *outer)
 
 
 def flat(lead: tuple[int, ...]) -> tuple[int, ...]:
@@ -86,16 +86,18 @@ def flat(lead: tuple[int, ...]) -> tuple[int, ...]:
 class Head(NamedTuple):
     """What turns hidden states into logits: a row a token, perhaps a bias, perhaps bent to cap tanh(logit / cap)."""
 
-    table_VD: Any  # an array, or while decoding perhaps Paired
+    table_VD: Any  # an array, or while decoding perhaps Turned or Paired
     bias_V: jax.Array | None = None
     cap: float | None = None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32."""
         B, T, D = x_BTD.shape
-        against = _against_rows if not isinstance(self.table_VD, Paired) else _against_pairs
-        table = self.table_VD.pairs if isinstance(self.table_VD, Paired) else self.table_VD
-        y = against(x_BTD.reshape(*flat((B, T)), D), table).astype(jnp.float32)
+        table, x = self.table_VD, x_BTD.reshape(*flat((B, T)), D)
+        if isinstance(table, Paired):
+            y = _against_pairs(x, table.pairs)
+        else:
+            y = _against_rows(x, table.matrix if isinstance(table, Turned) else table).astype(jnp.float32)
         if self.bias_V is not None:
             y = y + jnp.expand_dims(self.bias_V, range(y.ndim - 1))
         return (y if self.cap is None else self.cap * jnp.tanh(y / self.cap)).reshape(B, T, -1)
@@ -106,27 +108,27 @@ def _value(w: Weight) -> Any:
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """[tokens, inner], [inner, outer] -> [tokens, outer] in x's dtype."""
+    """[tokens, inner], [inner, outer] -> [tokens, outer] in x's dtype, or float32."""
     half = x.dtype == jnp.bfloat16 and x.ndim == 2 and axes.platform() == "cpu"
     return _half_product(x, w) if half else x @ w.astype(x.dtype)
 
 
 @jax.custom_vjp
 def _half_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product of bfloat16s as a CPU is fast at it: with a result in float32, which is then rounded; forward and back.
-
-    The gradient of w is not rounded at all.
+    """A product of bfloat16s as a CPU is fast at it: with a result in float32, forward and back. The gradient of x is
+    rounded, that of w is not.
     """
-    return _summed(x, w.astype(x.dtype), 1, 0).astype(x.dtype)
+    return _summed(x, w.astype(x.dtype), 1, 0)
 
 
 def _half_forward(x: jax.Array, w: jax.Array):
     half = w.astype(x.dtype)
-    return _summed(x, half, 1, 0).astype(x.dtype), (x, half)
+    return _summed(x, half, 1, 0), (x, half)
 
 
 def _half_backward(kept, d: jax.Array):
     x, half = kept
+    d = d.astype(x.dtype)
     return _summed(d, half, 1, 1).astype(x.dtype), crossed(x, d)
 
 

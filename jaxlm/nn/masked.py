@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxlm.axes import shaped
 from jaxlm.lookup import Mistake
 from jaxlm.nn.linear import normal
-from jaxlm.nn.mlp import GELU, Dense
+from jaxlm.nn.mlp import GELU, Dense, bent
 from jaxlm.nn.norms import LayerNorm
 
 
@@ -18,7 +18,7 @@ def transformed(x_BTD: jax.Array, transform: Dense | None, norm: LayerNorm | Non
     """What the head reads: hidden states through a layer, GELU and a norm. Raises `Mistake` where these are None."""
     if transform is None or norm is None:
         raise Mistake("this model has no head for masked tokens (config.model.masked=False)")
-    return norm(GELU(transform(x_BTD)), x_BTD.dtype)
+    return norm(bent(GELU, transform(x_BTD)), x_BTD.dtype)
 
 
 class Replaced(nnx.Module):
@@ -30,4 +30,4 @@ class Replaced(nnx.Module):
 
     @shaped
     def __call__(self, x_BTD):
-        return GELU(self.layer(x_BTD)).astype(jnp.float32) @ self.replaced_D[...]
+        return bent(GELU, self.layer(x_BTD)).astype(jnp.float32) @ self.replaced_D[...]

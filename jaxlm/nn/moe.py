@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxlm import axes
 from jaxlm.axes import shaped
 from jaxlm.nn.linear import dense, flat, normal
+from jaxlm.nn.mlp import bent
 
 
 class Routing(NamedTuple):
@@ -154,7 +155,7 @@ def _by_expert(
     gate, up = (jax.lax.ragged_dot(rows, w_EDF, counts) for w_EDF in (gate_EDF, up_EDF))
     if not full:  # a kernel may leave there what was in memory, and nothing times what is not a number is no number
         gate, up = (clear(y, counts.sum()) for y in (gate, up))
-    return jax.lax.ragged_dot(jax.nn.silu(gate) * up, down_EFD, counts)
+    return jax.lax.ragged_dot(bent(jax.nn.silu, gate, up), down_EFD, counts)
 
 
 def _exchanged(
@@ -201,7 +202,7 @@ def _all(x, weight, expert, gate_EDF, up_EDF, down_EFD):
     E, D, F = gate_EDF.shape
     beside = lambda w_EDF: w_EDF.transpose(1, 0, 2).reshape(D, E * F)  # noqa: E731
     share = jnp.zeros((len(x), E), x.dtype).at[jnp.arange(len(x))[:, None], expert].add(weight)
-    hidden = jax.nn.silu(dense(x, beside(gate_EDF))) * dense(x, beside(up_EDF))
+    hidden = bent(jax.nn.silu, dense(x, beside(gate_EDF)), dense(x, beside(up_EDF)))
     hidden = hidden.reshape(-1, E, F) * share[:, :, None]
     return dense(hidden.reshape(-1, E * F), down_EFD.reshape(E * F, D))
 
@@ -209,5 +210,5 @@ def _all(x, weight, expert, gate_EDF, up_EDF, down_EFD):
 def _picked(x, weight, expert, gate_EDF, up_EDF, down_EFD):
     """The same for a few tokens, fewer than there are experts: only what they chose is read."""
     gate, up, down = (w[expert] for w in (gate_EDF, up_EDF, down_EFD))
-    hidden = jax.nn.silu(jnp.einsum("td,tcdf->tcf", x, gate)) * jnp.einsum("td,tcdf->tcf", x, up)
+    hidden = bent(jax.nn.silu, *(jnp.einsum("td,tcdf->tcf", x, w) for w in (gate, up)))
     return jnp.einsum("tcf,tcfd,tc->td", hidden, down, weight)

@@ -39,14 +39,19 @@ def test_pairs_of_bfloat16_multiply_a_row_as_they_did_and_round_nothing(name, in
         np.testing.assert_allclose(dense(x, weight, over=inner), want.astype(jnp.bfloat16), rtol=2**-7, atol=1e-5)
 
 
-def test_a_head_of_pairs_gives_the_logits_of_its_table():
+def test_a_head_laid_out_gives_the_logits_of_its_table():
     table_VD = jax.device_put(jax.random.normal(jax.random.key(0), (50, 24)), jax.devices()[0])
     x_BTD = jax.random.normal(jax.random.key(1), (1, 1, 24), jnp.bfloat16)
     paired = head(table_VD, "bfloat16", single=True)
     rounded = table_VD.astype(jnp.bfloat16).astype(jnp.float32)
     want = Head(rounded, cap=5.0)(x_BTD.astype(jnp.float32))
     np.testing.assert_allclose(Head(paired, cap=5.0)(x_BTD), want, rtol=1e-5, atol=1e-5)
-    assert head(table_VD, "float32", single=True) is None and head(table_VD, "bfloat16") is None
+    several = head(table_VD, "bfloat16")
+    assert isinstance(several, Turned) and several.matrix.dtype == jnp.bfloat16
+    rows_BTD = jax.random.normal(jax.random.key(2), (3, 1, 24), jnp.bfloat16)
+    want = Head(rounded)(rows_BTD.astype(jnp.float32))
+    np.testing.assert_allclose(Head(several)(rows_BTD), want, rtol=1e-5, atol=1e-5)
+    assert head(table_VD, "float32", single=True) is None and head(table_VD, "float32") is None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "rnn"])
