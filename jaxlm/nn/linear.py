@@ -182,8 +182,9 @@ def _against_pairs(x: jax.Array, pairs: jax.Array) -> jax.Array:
 
 
 def stream(dtype: Any) -> jnp.dtype:
-    """What the residual stream is kept in by a model that computes in `dtype`: float32 on a CPU, which is faster at it;
-    `dtype` elsewhere, where that halves what a layer reads, writes and keeps for the backward pass.
+    """What the residual stream is kept in by a model that computes in `dtype`, and all that lies between two products:
+    float32 on a CPU, which is faster at it; `dtype` elsewhere, where that halves what a layer reads, writes and keeps
+    for the backward pass.
     """
     return jnp.dtype("float32" if axes.platform() == "cpu" else dtype)
 

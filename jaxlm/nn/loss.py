@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import axes, lookup
 from jaxlm.axes import shaped
-from jaxlm.nn.linear import Head, crossed
+from jaxlm.nn.linear import Head, crossed, stream
 
 LOGITS_AT_ONCE = 2**25  # elements of one chunk's logits on a device, unless told otherwise: 128 MiB in float32
 ACCELERATED = 2**28  # the same on a TPU or GPU, where each chunk also reads and writes the head's gradient
@@ -71,18 +71,25 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
 def _chunk_sums(x, head, labels, weights, smoothing, z_loss):
     """One chunk: the three sums, and what its gradient needs."""
     logits = axes.constrain(head(x), "BTV")
-    top = logits.max(axis=-1)
-    power = jnp.exp(logits - top[..., None])
-    # a product where a CPU would take three times as long for the exponentials as part of their sum
-    total = power @ jnp.ones(logits.shape[-1]) if axes.platform() == "cpu" else power.sum(axis=-1)
-    norm = top + jnp.log(total)
+    norm, share = _softmax(logits)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     nll = norm - picked
     loss = nll + z_loss * jnp.square(norm)
     if smoothing:
         loss = loss + smoothing * (picked - logits.mean(axis=-1))
-    correct = (picked >= top) * weights
-    return ((loss * weights).sum(), (nll * weights).sum(), correct.sum()), (logits, norm, power / total[..., None])
+    correct = (picked >= logits.max(axis=-1)) * weights
+    return ((loss * weights).sum(), (nll * weights).sum(), correct.sum()), (logits, norm, share)
+
+
+def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The log-normaliser [B, T] and each word's share [B, T, V]."""
+    if axes.platform() != "cpu":
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        return norm, jnp.exp(logits - norm[..., None])
+    top = logits.max(axis=-1)  # a CPU takes longer for exponentials than to keep them, thrice as long within a sum
+    power = jnp.exp(logits - top[..., None])
+    total = power @ jnp.ones(logits.shape[-1])
+    return top + jnp.log(total), power / total[..., None]
 
 
 def _plain(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
@@ -116,7 +123,7 @@ def _forward(x, table, bias, labels, weights, cap, smoothing, z_loss, chunk):
             d_bias = None if bias is None else d_bias + d.sum(axis=(0, 1))
             d = d.astype(x.dtype).reshape(-1, V)
             d_table = d_table + crossed(d, x.reshape(-1, x.shape[-1]))
-            d_x = jnp.matmul(d, table, preferred_element_type=jnp.float32).astype(x.dtype)  # a CPU's fast way
+            d_x = jnp.matmul(d, table, preferred_element_type=stream(x.dtype)).astype(x.dtype)
             return (jax.tree.map(jnp.add, sums, new), d_table, d_bias), d_x.reshape(x.shape)
 
         xs = tuple(_split(a, chunk) for a in (x, labels, weights))

@@ -5,21 +5,20 @@ import functools
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 
 from jaxlm import axes
-from jaxlm.nn.linear import dense, normal, zeros
+from jaxlm.nn.linear import dense, normal, stream, zeros
 
 GELU = functools.partial(jax.nn.gelu, approximate=False)
 GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)  # as GPT-2's code has it
 
 
 def bent(activation: Callable, x: jax.Array, gated: jax.Array | None = None) -> jax.Array:
-    """activation(x), times `gated` if given, in float32 and rounded to x's dtype once: of bfloat16 each step of it
-    would be, which costs a CPU more than the steps themselves.
+    """activation(x), times `gated` if given; on a CPU in float32 and rounded to x's dtype once, since to round each
+    step of it costs more than the step.
     """
-    y = activation(x.astype(jnp.float32))
-    return (y if gated is None else y * gated.astype(jnp.float32)).astype(x.dtype)
+    y = activation(x.astype(stream(x.dtype)))
+    return (y if gated is None else y * gated.astype(y.dtype)).astype(x.dtype)
 
 
 class MLP(nnx.Module):

@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm import axes
 from jaxlm.nn.linear import Turned, crossed, dense, embed
+from jaxlm.nn.mlp import GELU_TANH, bent
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -26,6 +27,27 @@ def test_a_product_in_bfloat16_is_that_of_the_rounded_numbers(rows):
         d_x[0, 0].astype(float), w.astype(jnp.bfloat16).astype(float).sum(1), rtol=0.02, atol=0.02
     )
     np.testing.assert_allclose(d_w[:, 0], half.astype(jnp.float32)[0].sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [GELU_TANH, jax.nn.silu])
+def test_an_activation_in_bfloat16_is_rounded_once(activation):
+    """And its gradient: nearer than a step of it apart, as it would be were each step rounded."""
+    x, gated = (jax.random.normal(jax.random.key(i), (4096,)).astype(jnp.bfloat16) for i in (0, 1))
+    full = [a.astype(jnp.float32) for a in (x, gated)]
+    nearest = lambda a: np.asarray(a.astype(jnp.bfloat16), np.float32)  # noqa: E731
+    run = lambda fn, *a: (fn(*a), *jax.vjp(fn, *a)[1](jnp.ones_like(a[0])))  # noqa: E731
+    found = run(lambda x, gated: bent(activation, x, gated), x, gated)
+    for ours, exact in zip(found, run(lambda x, gated: activation(x) * gated, *full)):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), nearest(exact))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_bias_is_added_before_the_product_is_rounded(turned):
+    x, w = jnp.ones((1, 2, 1), jnp.bfloat16), jnp.ones((1, 3))
+    add = lambda bias: dense(x, Turned(w.T, (3,)) if turned else w, jnp.full(3, bias)).tolist()  # noqa: E731
+    assert add(2**-8) == [[[1.0] * 3] * 2], "half of the last place is rounded to even"
+    assert add(2**-8 + 2**-16) == [[[1 + 2**-7] * 3] * 2], "and a bit more upwards, which a rounded bias would not tell"
 
 
 def test_the_gradient_of_a_bias_is_summed_in_float32():
