@@ -160,3 +160,10 @@ def test_only_what_leaves_its_slice_takes_the_slow_network(stride, slices, cross
     mesh = types.SimpleNamespace(size=8, shape=dict(data=8))
     taken = Cost([permute], mesh, chip, (2, 4, 1), slices).exposed
     assert taken == 2000 / (chip.outside if crosses else chip.within(2, (2, 4, 1)))
+
+
+def test_a_collective_of_all_devices_in_another_order_stays_in_the_one_slice():
+    sizes, chip = (("bf16", (1000,)),), chips.CHIPS["TPU v5 lite"]
+    gather = Operation("gather.1", "all-gather", 1, 0, sizes, (), "", "", group=8, stride=4)
+    mesh = types.SimpleNamespace(size=8, shape=dict(data=8))
+    assert Cost([gather], mesh, chip, (2, 4, 1), 1).exposed == 1750 / chip.within(8, (2, 4, 1))

@@ -55,6 +55,7 @@ def test_more_is_kept_for_the_backward_pass_where_less_is_computed_again():
     gradients = Blueprint.of(LLAMA, vocab=512).size * 4 / 8
     head = 512 * 64 * (2 + 4) + 32 // 8 * 128 * 512 * (4 + 2)  # and its gradient, logits and theirs
     assert layers < kept[0] - gradients - head < 12 * layers
+    assert kept[0] - counted(remat="offload").temporary_bytes == layers, "which the hosts have"
 
 
 def test_while_the_loss_is_computed_a_device_has_the_head_its_gradient_and_a_chunk_of_logits():

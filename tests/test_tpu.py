@@ -86,6 +86,19 @@ def test_a_weight_is_gathered_before_it_is_used_and_not_sent_around_part_by_part
 
 
 @pytest.mark.endurance
+def test_what_layers_are_given_may_be_kept_by_the_hosts():
+    """A row of 8,192 tokens of width 256 is 4 MB, before each of 8 layers."""
+
+    def memory(remat):
+        model, optimizer = MODELS["llama"] | dict(layers=8, remat=remat), dict(name="adamw")
+        config = dict(model=model, optimizer=optimizer, steps=10, batch=4, length=8192, mesh=dict(data=4))
+        _, program = plan.compile_step(config, plan.devices("v5e:2x2"), words=Words.of_size(V))
+        return program.memory_analysis().host_temp_size_in_bytes
+
+    assert memory("full") == 0 and memory("offload") >= 8 * 8192 * 256 * 2
+
+
+@pytest.mark.endurance
 def test_only_the_shards_of_gradients_go_to_other_slices():
     """Summed inside a slice first, so that each device sends what it keeps: the compiler sees to it."""
     model = dict(name="llama", layers=2, width=256, heads=2, kv_heads=2, head_width=128, mlp_width=512)

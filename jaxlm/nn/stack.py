@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import axes, lookup
 from jaxlm.nn import pipeline
@@ -17,11 +18,17 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 IN_A_ROW = 12  # layers; beyond, compile time matters more
 
+GIVEN = "given"  # what a layer is given, by name
+
 REMAT: dict[str, Callable | None] = {  # what the backward pass keeps of a layer; it computes the rest again
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # as full, with what it is given on the hosts
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[GIVEN], offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 def stacked(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -> Block:
@@ -69,11 +76,14 @@ def _through(
 ) -> Any:
     """Run `carry = layer(carry, slice of xs, kind)` with a kind of `each`; `looped`: in a loop of the caller's."""
 
+    def named(carry, xs, kind):
+        return layer(jax.tree.map(lambda x: checkpoint_name(x, GIVEN) if x.ndim > 1 else x, carry), xs, kind)
+
     def in_a_row(carry, xs, kinds, looped):
         params, per_layer = xs
         body = layer
         if policy is not None:  # outside a loop the compiler would share what both passes compute, and so keep it
-            body = jax.checkpoint(layer, policy=policy, prevent_cse=not looped, static_argnums=2)
+            body = jax.checkpoint(named, policy=policy, prevent_cse=not looped, static_argnums=2)
         params = jax.tree.map(_apart, params, is_leaf=_is_tuple)
         for i, kind in enumerate(kinds):
             one = jax.tree.map(lambda x, i=i: x[i], params, is_leaf=_is_tuple)

@@ -28,6 +28,7 @@ from jaxlm.step import Parts
 GPUS_A_HOST = 8
 GPUS = {kind.removeprefix("NVIDIA ").lower(): kind for kind in chips.CHIPS if kind.startswith("NVIDIA ")}
 USUAL = 0.6  # share of the peak that products of large steps reach, about; it only orders what a search tries
+AGAIN = ("full", "offload")  # what config.model.remat is where the backward pass computes each layer again
 SENDS_IN_PLACE = ("sequence", "tensor")  # axes whose sends stand between products, and cannot run beside them
 
 
@@ -81,8 +82,8 @@ def least_flops(blueprint: Blueprint, length: int) -> float:
 def kept(parts: Parts, batch: Mapping[str, Any], mesh: Mesh, rules: Mapping[str, Any]) -> float:
     """Bytes a row of the batch that the forward pass leaves to the backward pass, all devices together.
 
-    They are what a traced derivative holds for one more row. A compiler may keep less, where it computes something
-    cheap again, and needs room to work in besides.
+    They are what a traced derivative holds for one more row, but for what the hosts hold. A compiler may keep less,
+    where it computes something cheap again, and needs room to work in besides.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -94,8 +95,8 @@ def kept(parts: Parts, batch: Mapping[str, Any], mesh: Mesh, rules: Mapping[str,
         def backward(params, some, key):
             return jax.vjp(lambda params: parts.task.loss(parts.blueprint.bind(params), some, key).loss, params)[1]
 
-        leaves = jax.tree.leaves(jax.eval_shape(backward, parts.shapes["params"], some, key))
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        leaves = jax.make_jaxpr(backward)(parts.shapes["params"], some, key).out_avals
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves if x.memory_space != jax.memory.Space.Host)
 
     with axes.on(mesh, rules):
         return (left(2 * ways) - left(ways)) / ways
@@ -124,7 +125,7 @@ def sends(parts: Parts, config: Mapping[str, Any], where: list[Any], mesh: Mesh)
     `sequence` trades tokens for heads.
     """
     found: dict[tuple[str, str], list[float]] = {}
-    passes = 3 if getattr(parts.blueprint.config, "remat", "none") == "full" else 2
+    passes = 3 if getattr(parts.blueprint.config, "remat", "none") in AGAIN else 2
     again, width = config.get("accumulate", 1), np.dtype(parts.blueprint.config.dtype).itemsize
     tokens = config["batch"] * config["length"] // (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"])
 
@@ -166,7 +167,7 @@ def about(plan: Plan, chip: chips.Chip) -> float:
     computed again where all is, and what is sent between products or beside them. Compiled for TPUs, weights are
     gathered beside products at best, and gradients are summed while nothing else runs.
     """
-    again = 4 / 3 if plan.remat == "full" else 1.0
+    again = 4 / 3 if plan.remat in AGAIN else 1.0
     work = again * plan.flops_per_step / plan.devices / (USUAL * chip.flops)
     in_place = lambda row: row["axes"] in SENDS_IN_PLACE or row["kind"] != "all-gather"  # noqa: E731
     between = sum(row["seconds"] for row in plan.collectives if in_place(row))

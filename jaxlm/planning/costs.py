@@ -111,7 +111,7 @@ class Cost:
     def link(self, op: Operation) -> float:
         """One run of a collective over the links that its group has."""
         inside = self.mesh.size // self.slices
-        if (op.group - 1) * op.stride >= inside:  # it crosses slices: the slow network carries what one device sends
+        if self.slices > 1 and (op.group - 1) * op.stride >= inside:  # the slow network carries what one device sends
             return op.sent / self.chip.outside
         return op.sent / self.chip.within(op.group, self.torus)
 

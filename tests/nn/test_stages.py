@@ -193,3 +193,9 @@ def test_whatever_stages_send_goes_to_a_neighbour_and_no_layer_is_gathered():
     assert "collective-permute" in text and "all-gather" not in text and "all-to-all" not in text
     for pairs in re.findall(r"source_target_pairs=\{\{(.*?)\}\}", text):
         assert {(int(b) - int(a)) % 4 for a, b in re.findall(r"(\d),(\d)", pairs)} in ({1}, {3}), pairs
+
+
+def test_what_layers_are_given_may_go_to_the_hosts_and_changes_no_gradient():
+    (run, params), (offloaded, _) = toy(4, plain), toy(4, plain, remat="offload")
+    close(offloaded(params, *rows()), run(params, *rows()))
+    assert "<host>" in str(offloaded.trace(params, *rows()).jaxpr)
