@@ -48,7 +48,8 @@ from jaxlm.planning.arithmetic import Device, held
 from jaxlm.planning.forecast import Plan
 
 SMALLER = (
-    "Try a smaller config.batch, config.model.remat=full, or more devices under config.mesh.fsdp; --search tries them"
+    "Try a smaller config.batch, config.model.remat=full or offload, or more devices under config.mesh.fsdp; --search "
+    "tries them"
 )
 TRIES = 12  # steps that a search compiles, unless told otherwise
 
@@ -202,12 +203,14 @@ class Candidate(NamedTuple):
 def candidates(
     config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1
 ) -> list[Candidate]:  # fmt: skip
-    """The config on other meshes, by other remat policies and with half and double the batch, most promising first."""
+    """The config on other meshes, by other remat policies and with half and double the batch, most promising first.
+    Without `offload`: what it sends to the hosts is not counted, and so it would always seem to be best.
+    """
     kept = {name: n for name, n in (config.get("mesh") or {}).items() if name in ("stage", "expert", "sequence")}
     count, chip = len(where) // slices // math.prod(kept.values()), chips.of(where[0].device_kind)
     splits = [(f, t) for t in (1, 2, 4, 8) for f in _divisors(count // t) if count % t == 0 and f * t * 8 >= count]
     found, left = [], {}  # what the forward pass leaves to the backward pass, by remat: the same on every mesh
-    for (fsdp, tensor), remat in itertools.product(splits, REMAT):
+    for (fsdp, tensor), remat in itertools.product(splits, [name for name in REMAT if name != "offload"]):
         changed = {
             **config,
             "mesh": dict(data=-1, fsdp=fsdp, tensor=tensor, **kept),

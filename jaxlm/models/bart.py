@@ -44,7 +44,7 @@ class Config:
     start: int = 2  # what the decoder's row begins with: the end of a text
     dropout: float = 0.0
     attention: str = "auto"
-    remat: str = "none"
+    remat: str = "none"  # none, dots, full or offload (`nn.stack.REMAT`)
     dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):

@@ -51,7 +51,7 @@ class Config:
     generator: int = 0  # layers that guess masked tokens, for ELECTRA; the model's own tell which tokens are guesses
     dropout: float = 0.0
     attention: str = "auto"
-    remat: str = "none"
+    remat: str = "none"  # none, dots, full or offload (`nn.stack.REMAT`)
     dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):

@@ -45,7 +45,7 @@ class Config:
     dropout: float = 0.0
     norm_eps: float = 1e-5
     attention: str = "auto"
-    remat: str = "none"
+    remat: str = "none"  # none, dots, full or offload (`nn.stack.REMAT`)
     dtype: str = "float32"  # what products are computed in; parameters are float32
 
     @property

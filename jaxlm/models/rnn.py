@@ -35,7 +35,7 @@ class Config:
     width: int = 650  # of embedding and states
     tied: bool = False  # whether the head is the embedding (arXiv:1608.05859)
     dropout: float = 0.0
-    remat: str = "none"
+    remat: str = "none"  # none, dots, full or offload (`nn.stack.REMAT`)
     dtype: str = "float32"  # what products are computed in; parameters and states are float32
 
 

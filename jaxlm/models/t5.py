@@ -49,7 +49,7 @@ class Config:
     norm_eps: float = 1e-6
     dropout: float = 0.0
     attention: str = "auto"
-    remat: str = "none"
+    remat: str = "none"  # none, dots, full or offload (`nn.stack.REMAT`)
     dtype: str = "float32"  # what products are computed in; parameters are float32
 
     def __post_init__(self):

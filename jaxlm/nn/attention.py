@@ -53,7 +53,9 @@ def xla(
 def over_halves(
     q_BNTH: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask, cap: float | None, bias: Bias | None
 ) -> jax.Array:
-    """The same over a cache's keys [B, K, H, S] and values [B, K, S, H] as `nn.halves` holds them."""
+    """The same for a few queries over a cache's keys [B, K, H, S] and values [B, K, S, H] as `nn.halves` holds them,
+    whatever the backend: all scores are in memory.
+    """
     return _block(q_BNTH, keys, values, mask, cap, bias, jnp.arange(q_BNTH.shape[2]), jnp.arange(keys.shape[-1]))
 
 
@@ -61,7 +63,7 @@ def _block(q, k, v, mask: Mask, cap: float | None, bias: Bias | None, queries: j
     """Attention of the queries in these slots over the keys in those, to be differentiated by JAX."""
     B, N, t, H = q.shape
     K, rows = k.shape[1], t * N // k.shape[1]
-    scores, mixed = (halves.product, halves.product) if halves.holds(v) else (_scores, _mixed)
+    scores, mixed = (halves.product, halves.product) if halves.is_held(v) else (_scores, _mixed)
     score = scores((q * H**-0.5).reshape(B, K, rows, H), k).reshape(B, N, t, len(keys))
     if cap is not None:
         score = cap * jnp.tanh(score / cap)
@@ -317,7 +319,7 @@ class Attention(nnx.Module):
 
     def _out(self, x_BTD, q_BNTH, k_BKSH, v_BKSH, mask: Mask, bias: Bias | None) -> jax.Array:
         q_BNTH = axes.constrain(q_BNTH, "BNTH")
-        if halves.holds(v_BKSH):
+        if halves.is_held(v_BKSH):
             out_BNTH = over_halves(q_BNTH, k_BKSH, v_BKSH, mask, self.cap, bias)
         else:
             out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend, self.cap, bias)

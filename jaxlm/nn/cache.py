@@ -5,8 +5,8 @@ What lies beyond is stale and out of sight of a causal mask, so prompts are padd
 padding.
 
     k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that
-              stand in a row: a layer is then read where it lies, while a scan copies it out. What is computed in
-              bfloat16 is then held so as well, in half the memory (`nn.halves`)
+              stand in a row: a layer is then read where it lies, while a scan copies it out. On a CPU bfloat16s are
+              held in half the memory then, their keys as [B K, H, S], where sizes allow it (`nn.halves`)
 
 In a stack, a single token of each row waits in k_LBKH until all layers have read it, and is then put behind the rows of
 all layers at once: layers only read k_LBKSH, which a TPU lays out as their products like it, and no write turns it.

@@ -20,7 +20,7 @@ def fits(slots: int, head_width: int) -> bool:
     return slots % AT_ONCE == 0 and head_width % AT_ONCE == 0
 
 
-def holds(x: jax.Array) -> bool:
+def is_held(x: jax.Array) -> bool:
     """Whether x is what `hold` made."""
     return x.dtype == jnp.uint16
 

@@ -72,7 +72,7 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, over: int = 1) ->
         y, outer = jnp.tensordot(x, weight.astype(x.dtype), over), weight.shape[over:]
         if lead[-1] != 1:  # of a single token they stay apart, or a bias would have the weight turned for it
             y = y.reshape(*lead, -1)
-    if bias is not None:  # rounded once it is spread, so that its gradient is summed in float32
+    if bias is not None:  # rounded, if at all, once it is spread, so that its gradient is summed in float32
         row = _value(bias).reshape(outer if y.ndim == len(lead) + len(outer) else -1)
         y = y + jnp.broadcast_to(jnp.expand_dims(row, range(y.ndim - row.ndim)), y.shape).astype(y.dtype)
     return y.astype(x.dtype).reshape(*lead, *outer)
@@ -108,7 +108,7 @@ def _value(w: Weight) -> Any:
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """[tokens, inner], [inner, outer] -> [tokens, outer] in x's dtype, or float32."""
+    """[tokens, inner], [inner, outer] -> [tokens, outer] in x's dtype; in float32 of a CPU's fast bfloat16s."""
     half = x.dtype == jnp.bfloat16 and x.ndim == 2 and axes.platform() == "cpu"
     return _half_product(x, w) if half else x @ w.astype(x.dtype)
 
@@ -182,7 +182,7 @@ def _against_pairs(x: jax.Array, pairs: jax.Array) -> jax.Array:
 
 
 def stream(dtype: Any) -> jnp.dtype:
-    """What the residual stream is kept in by a model that computes in `dtype`, and all that lies between two products:
+    """What the residual stream is kept in by a model that computes in `dtype`, and what an activation is computed in:
     float32 on a CPU, which is faster at it; `dtype` elsewhere, where that halves what a layer reads, writes and keeps
     for the backward pass.
     """

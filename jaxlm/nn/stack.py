@@ -20,11 +20,13 @@ IN_A_ROW = 12  # layers; beyond, compile time matters more
 
 GIVEN = "given"  # what a layer is given, by name
 
-REMAT: dict[str, Callable | None] = {  # what the backward pass keeps of a layer; it computes the rest again
+# What the backward pass keeps of a layer; it computes the rest again. `offload` is `full` with what a layer is given in
+# the hosts' memory; on a CPU, which is its own host, it is `full`. It was compiled for TPUs, and not yet run on one.
+REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # as full, with what it is given on the hosts
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[GIVEN], offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -65,7 +67,12 @@ def scan(
     layers = len(jax.tree.leaves(params, is_leaf=_is_tuple)[0])
     each = [()] * layers if kinds is None else [(kind,) for kind in kinds]
     cached = any(isinstance(x, Cache) for x in jax.tree.leaves(carry, is_leaf=lambda x: isinstance(x, Cache)))
+    policy = None if cached else policy  # nothing is differentiated, and a number of a layer is to stay a number
     if not cached and pipeline.split(layers, len(jax.tree.leaves(carry)[0])):
+        if remat == "offload":
+            raise lookup.Mistake(
+                "config.model.remat=offload: layers on several stages keep what they are given; choose full"
+            )
         chunk = functools.partial(_through, policy=policy, looped=True)
         return pipeline.run(chunk, layer, carry, rows, params, per_layer, each, kept=policy is None)
     return _through(lambda carry, xs, kind: layer(carry, rows, xs, kind), carry, (params, per_layer), each, policy)
@@ -76,7 +83,7 @@ def _through(
 ) -> Any:
     """Run `carry = layer(carry, slice of xs, kind)` with a kind of `each`; `looped`: in a loop of the caller's."""
 
-    def named(carry, xs, kind):
+    def named(carry, xs, kind):  # what is summed on the way, as routers' terms, is too small to be worth it
         return layer(jax.tree.map(lambda x: checkpoint_name(x, GIVEN) if x.ndim > 1 else x, carry), xs, kind)
 
     def in_a_row(carry, xs, kinds, looped):

@@ -150,6 +150,14 @@ def test_rows_and_heads_that_are_split_over_devices_are_continued_as_on_one(name
         assert split.generate(prompts, how, max_new_tokens=12) == want
 
 
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
+def test_a_model_that_recomputes_in_training_is_continued_alike(remat):
+    sizes = dict(name="llama", layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, context=32)
+    plain, model = Blueprint.of(sizes, vocab=V), Blueprint.of(sizes | dict(remat=remat), vocab=V)
+    ask = lambda one: Engine(one, plain.init(0)).generate([[1, 2]], Sampling(temperature=0), max_new_tokens=6)  # noqa: E731
+    assert ask(model) == ask(plain)
+
+
 def test_what_an_encoder_read_is_kept_once_however_many_rows_write_about_it():
     sizes = dict(layers=1, width=16, heads=2, head_width=8, mlp_width=16)
     model = Blueprint.of(dict(name="t5", **sizes), vocab=V)

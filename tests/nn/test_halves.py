@@ -44,7 +44,7 @@ def test_attention_over_it_is_that_over_what_was_written(heads, window, cap):
     cache = cache.write(0, *first).grow(7)
     lengths = np.array([7, 5])
     cache = dataclasses.replace(cache.unstacked(), lengths_B=jnp.asarray(lengths))
-    assert halves.holds(cache.k_LBKSH[0]) and cache.slots == S
+    assert halves.is_held(cache.k_LBKSH[0]) and cache.slots == S
     k, v = (np.zeros((B, K, S, H)) for _ in range(2))
     k[:, :, :7], v[:, :, :7] = (np.asarray(x, np.float64) for x in first)
     bias = lambda before: 0.1 * before[:, None].astype(jnp.float32)  # noqa: E731
@@ -66,6 +66,19 @@ def test_attention_over_it_is_that_over_what_was_written(heads, window, cap):
         want = np.einsum("bnts,bnsh->bnth", share / share.sum(-1, keepdims=True), spread(v))
         np.testing.assert_allclose(found, want, rtol=0.02 if heads > K else 1e-4, atol=0.01 if heads > K else 1e-4)
         cache, lengths = cache.grow(1), lengths + 1
+
+
+def test_what_finds_no_room_is_dropped():
+    """Rows of 22 and 24 tokens in 24 slots: of three more one is lost, and all."""
+    lengths_B = jnp.array([S - 2, S])
+    k, v, more_k, more_v = (drawn(i, B, K, S if i < 2 else 3, H).astype(jnp.bfloat16) for i in range(4))
+    full = Cache.empty(1, B, K, S, H, jnp.dtype("bfloat16")).write(0, k, v).unstacked()
+    keys, values = (
+        jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+        for x in dataclasses.replace(full, lengths_B=lengths_B).write(0, more_k, more_v).read(0)
+    )
+    for found, old, new in ((keys.swapaxes(-1, -2), k, more_k), (values, v, more_v)):
+        np.testing.assert_array_equal(found, old.at[0, :, S - 2 :].set(new[0, :, :2]))
 
 
 def test_rows_are_picked_and_the_last_token_is_in_its_place():
@@ -104,7 +117,7 @@ def test_tokens_read_one_by_one_have_the_logits_of_all_at_once(name):
         x, cache = model.hidden(tokens_BT[:, :4], cache=cache)
         found.append(model.head(x))
         cache = cache.unstacked()
-        assert halves.holds(cache.k_LBKSH[0]) == (blueprint is half)
+        assert halves.is_held(cache.k_LBKSH[0]) == (blueprint is half)
         read = jax.jit(lambda cache, token_B1: model.hidden(token_B1, cache=cache))
         for t in range(4, 16):
             x, cache = read(cache, tokens_BT[:, t : t + 1])

@@ -195,6 +195,13 @@ def test_whatever_stages_send_goes_to_a_neighbour_and_no_layer_is_gathered():
         assert {(int(b) - int(a)) % 4 for a, b in re.findall(r"(\d),(\d)", pairs)} in ({1}, {3}), pairs
 
 
+def test_layers_on_stages_keep_what_they_are_given():
+    step, params = toy(4, plain, remat="offload")
+    mesh, refused = axes.mesh(data=1, stage=2, devices=jax.devices()[:2]), r"config.model.remat=offload: .* choose full"
+    with axes.on(mesh), pytest.raises(Mistake, match=refused):
+        step(params, *rows())
+
+
 def test_what_layers_are_given_may_go_to_the_hosts_and_changes_no_gradient():
     (run, params), (offloaded, _) = toy(4, plain), toy(4, plain, remat="offload")
     close(offloaded(params, *rows()), run(params, *rows()))
