@@ -83,7 +83,7 @@ def _through(
 ) -> Any:
     """Run `carry = layer(carry, slice of xs, kind)` with a kind of `each`; `looped`: in a loop of the caller's."""
 
-    def named(carry, xs, kind):  # what is summed on the way, as routers' terms, is too small to be worth it
+    def named(carry, xs, kind):  # single numbers and vectors are not worth sending
         return layer(jax.tree.map(lambda x: checkpoint_name(x, GIVEN) if x.ndim > 1 else x, carry), xs, kind)
 
     def in_a_row(carry, xs, kinds, looped):
