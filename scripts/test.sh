@@ -9,7 +9,7 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR-$PWD/.venv/cache/j
 export JAX_COMPILATION_CACHE_MAX_SIZE="${JAX_COMPILATION_CACHE_MAX_SIZE-4000000000}" # a limit also makes the cache lock its files
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS-0.3}"
 
-parallel=(-n 2 --dist loadgroup)
+parallel=(-n 2 --dist loadgroup --max-worker-restart=0) # xdist 3.8 may wait for ever once it has replaced a process that crashed
 for argument in "$@"; do
   case $argument in
     -n* | --numprocesses* | --pdb | --trace | *::*) parallel=() ;; # the caller's own number, a debugger, or a single test
