@@ -17,8 +17,8 @@ from jaxlm import chips, hlo
 from jaxlm.hlo import Operation
 from jaxlm.lookup import Mistake
 
-# Published time / the compiler's estimate, of programs compiled without `xla_tpu_scoped_vmem_limit_kib`, with which a v6e
-# is estimated a quarter faster than it was published to be; not of the very same programs (README, "Predicted and measured")
+# Published time / the compiler's estimate, not of the very same programs (README, "Predicted and measured"): compiled
+# without `xla_tpu_scoped_vmem_limit_kib`, with which a v6e is estimated a fifth to a quarter faster than published.
 CYCLES = 0.88
 KERNEL = 0.65  # share of the peak that attention kernels reach, fitted together with the above; taken for experts', too
 PRODUCTS = {"_dkv": 4, "_dq": 3, "_fwd": 2}  # of B x N x T x S x H, in each of splash attention's kernels
