@@ -28,6 +28,7 @@ scripts/tpu.sh VERB [--flag=value ...] [-- ARGUMENTS]
   --spot       TPU_SPOT=1    a cheaper TPU that may be taken away at any time
   --worker     TPU_WORKER    of logs and ssh: a number or all (0)
   --poll       TPU_POLL      seconds between two looks (30)
+               LIBTPU_INIT_ARGS   of train: what the TPU's compiler is told, on every worker
                TPU_FLAGS     more flags for `gcloud compute tpus queued-resources create`, for example "--reserved"
 HELP
 }
@@ -165,6 +166,7 @@ train() {
   fi
   [[ $given == *" --config.distributed="* ]] || command+=(--config.distributed=True)
   ((slices == 1)) || [[ $given == *" --config.mesh.slices="* ]] || command+=(--config.mesh.slices="$slices")
+  [[ -z ${LIBTPU_INIT_ARGS:-} ]] || command=(env "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS" "${command[@]}")
   found=$(state)
   [[ $found == READY || -n $spot && $found != MISSING ]] || die "$name is $found; scripts/tpu.sh create makes it"
   if [[ $found == READY && $(look) != running ]]; then

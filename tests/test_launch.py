@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shlex
 import subprocess
 import tarfile
 
@@ -128,6 +129,15 @@ def test_overrides_arrive_as_they_were_written(ready):
     ]
     ready("train", "--", *RUN, *odd)
     assert ready.runs() == [["train", *RUN, *odd, "--config.distributed=True"]]
+
+
+def test_what_libtpu_is_told_here_it_is_told_on_every_worker(ready):
+    flags = "--xla_tpu_scoped_vmem_limit_kib=98304 --xla_b='c d'"
+    ready("train", "--", *RUN, LIBTPU_INIT_ARGS=flags)
+    (start,) = [command for command in ready.commands() if "setsid" in command]
+    (inner,) = shlex.split(re.findall(r"bash -c (.*) </dev/null", start)[0])
+    assert shlex.split(inner)[:3] == ["env", f"LIBTPU_INIT_ARGS={flags}", "jaxlm"]
+    assert ready.runs() == [["train", *RUN, "--config.distributed=True"]]
 
 
 def test_several_slices_are_the_mesh_s_slices(ready):
