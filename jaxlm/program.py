@@ -52,17 +52,22 @@ def cores() -> int:
     return min(found, max(1, quota // period))
 
 
-def compiled_folder() -> Path:
-    """Where a program keeps what it compiled for its next start: ~/.cache/jaxlm/compiled, or under XDG_CACHE_HOME. Each
-    kind of processor has a folder of its own there, since one may run what another cannot, and homes are shared.
-    """
+def processor() -> str:
+    """What tells this kind of processor from others: one may run what another cannot."""
     try:
         told = Path("/proc/cpuinfo").read_text().splitlines()
         kind = "".join(sorted({line for line in told if line.startswith(("model name", "flags", "Features"))}))
     except OSError:
         kind = " ".join(os.uname())
+    return hashlib.sha256(kind.encode()).hexdigest()[:8]
+
+
+def compiled_folder() -> Path:
+    """Where a program keeps what it compiled for its next start: ~/.cache/jaxlm/compiled, or under XDG_CACHE_HOME. Each
+    kind of processor has a folder of its own there, since homes are shared.
+    """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "jaxlm" / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:8]
+    return caches / "jaxlm" / "compiled" / processor()
 
 
 def keep_compiled() -> None:

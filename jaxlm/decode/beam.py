@@ -73,7 +73,7 @@ class BeamSearch:
         stop_V = self._engine.mark(stop)
         wide = min(1 + max(1, int(stop_V.sum())), len(stop_V)) * beams  # so many that enough of them do not end at once
         found = self._search(
-            self._engine.decoding(len(rows.done_B)), rows, how.rows(len(rows.done_B)), stop_V,
+            self._engine.decoding(), rows, how.rows(len(rows.done_B)), stop_V,
             np.float32(length_penalty), np.int32(patience), beams=beams, wide=wide,
         )  # fmt: skip
         tokens, lengths, scores = jax.device_get((found.tokens, found.lengths, found.scores))

@@ -82,7 +82,7 @@ class Engine:
         self.in_a_row = axes.platform() == "cpu"  # elsewhere the slice of a weight is part of the product that uses it
         self.blueprint, self.vocab = blueprint, vocab or blueprint.config.vocab
         self.params = settle(self.held(params))
-        self._laid: tuple[bool, Tree] | None = None
+        self._laid: tuple[Tree, Any] | None = None
         self.traces = dict(prefill=0, decode=0)
         self.prefill = jax.jit(self._prefill, static_argnames="slots")
         self.decode = jax.jit(self._decode, donate_argnames="state")
@@ -107,7 +107,7 @@ class Engine:
         stop_V = self.mark(stop)
         how, halted = how.rows(len(state.done_B)), np.zeros(len(state.done_B), bool)
         first = shown = jax.device_get(state.prompts_B)
-        params = self.decoding(len(state.done_B))
+        params = self.decoding()
         while True:
             state = self.decode(params, state, halted, how, stop_V, np.int32(steps))
             tokens, lengths, done = jax.device_get((state.tokens_BS, state.lengths_B, state.done_B))
@@ -118,16 +118,15 @@ class Engine:
                 return [tokens[row, first[row] : lengths[row]].tolist() for row in range(count)]
             shown = lengths
 
-    def decoding(self, rows: int) -> tuple[Tree, Any]:
-        """The parameters as so many rows are decoded with, and the head's table where it has a layout of its own."""
+    def decoding(self) -> tuple[Tree, Any]:
+        """The parameters as rows are decoded with, and the head's table where it has a layout of its own."""
         if not self.in_a_row:
             return self.params, None
-        single, dtype = rows == 1, self.blueprint.config.dtype
-        if self._laid is None or self._laid[0] != single:
-            self._laid = None  # before the other is made: they are as large as the model
-            table = weights.head(self.blueprint.bind(self.params).head.table_VD, dtype, single=single)
-            self._laid = single, (weights.lay(self.params, dtype, single=single), table)
-        return self._laid[1]
+        dtype = self.blueprint.config.dtype
+        if self._laid is None:
+            table = weights.head(self.blueprint.bind(self.params).head.table_VD, dtype)
+            self._laid = weights.lay(self.params, dtype), table
+        return self._laid
 
     def mark(self, tokens: Iterable[int]) -> np.ndarray:
         """Which ids are among `tokens`: booleans [V]."""

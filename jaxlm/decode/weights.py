@@ -5,8 +5,7 @@
 
 On a CPU a scan copies each layer's weight out of the stack before it uses it, which triples the time of a token. And a
 product with one row reads a matrix a third faster along what it contracts: a token of GPT-2 124M, a sixth. In the dtype
-that products are computed in, bfloat16 is half as much to read; for a single row `Paired` reads it as fast as memory
-can.
+that products are computed in, bfloat16 is half as much to read, and `nn.native` reads it as fast as memory gives it.
 """
 
 import math
@@ -18,7 +17,8 @@ import numpy as np
 
 from jaxlm import axes
 from jaxlm.models import Tree
-from jaxlm.nn.linear import PAIRS, Paired, Turned
+from jaxlm.nn import native
+from jaxlm.nn.linear import Tiled, Turned
 
 
 def rounded(params: Tree, dtype: Any) -> Tree:
@@ -34,14 +34,12 @@ def rounded(params: Tree, dtype: Any) -> Tree:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def lay(params: Tree, dtype: Any, *, single: bool = False) -> Tree:
+def lay(params: Tree, dtype: Any) -> Tree:
     """The decoder blocks' parameters as tuples of L arrays, their weights turned and in `dtype`, for layers that stand
     in a row.
 
-    On one device the weights are copies and all else views; arrays on several devices are split by layer alone. With
-    `single`, bfloat16 weights are for products with one row, and for no others.
+    On one device the weights are copies and all else views; arrays on several devices are split by layer alone.
     """
-    single = single and jnp.dtype(dtype) == jnp.bfloat16
 
     def split(path: tuple, x: jax.Array) -> Any:
         keys = [key.key for key in path]
@@ -54,35 +52,24 @@ def lay(params: Tree, dtype: Any, *, single: bool = False) -> Tree:
         if not inner:
             return tuple(jax.device_put(layer, device) for layer in np.asarray(x))
         outer = x.shape[1 + inner :]
-        if single:
-            return tuple(pair(layer.reshape(-1, math.prod(outer)), device, outer) for layer in np.asarray(x))
         return tuple(turn(layer.reshape(-1, math.prod(outer)).T, dtype, device, outer) for layer in np.asarray(x))
 
     return jax.tree_util.tree_map_with_path(split, params)
 
 
-def head(table_VD: jax.Array, dtype: Any, *, single: bool = False) -> Paired | Turned | None:
+def head(table_VD: jax.Array, dtype: Any) -> Tiled | Turned | None:
     """The table of a model's head in bfloat16, as `lay` changes weights; else None."""
     if jnp.dtype(dtype) != jnp.bfloat16 or len(table_VD.devices()) > 1:
         return None
-    (device,), outer = table_VD.devices(), table_VD.shape[:1]
-    table = np.asarray(table_VD)
-    return pair(table.T, device, outer) if single else turn(table, dtype, device, outer)
+    (device,) = table_VD.devices()
+    return turn(np.asarray(table_VD), dtype, device, table_VD.shape[:1])
 
 
-def turn(matrix: np.ndarray, dtype: Any, device: Any, outer: tuple[int, ...]) -> Turned:
-    """A matrix [outer, inner] in `dtype`, on the device."""
+def turn(matrix: np.ndarray, dtype: Any, device: Any, outer: tuple[int, ...]) -> Tiled | Turned:
+    """A matrix [outer, inner] in `dtype`, on the device; in bfloat16 for its own kernel, where that can be had."""
+    if jnp.dtype(dtype) == jnp.bfloat16 and native.ready():
+        return Tiled(jax.device_put(native.tile(matrix.T), device), outer)
     return Turned(jax.device_put(np.ascontiguousarray(matrix.astype(dtype, copy=False)), device), outer)
-
-
-def pair(matrix: np.ndarray, device: Any, outer: tuple[int, ...]) -> Paired:
-    """A matrix [inner, outer] with two rows in each uint32."""
-    at_once = 2 * PAIRS
-    groups = -(-len(matrix) // at_once)
-    bits = np.zeros((groups * at_once, matrix.shape[1]), np.uint32)
-    bits[: len(matrix)] = matrix.astype(jnp.bfloat16).view(np.uint16)
-    pairs = bits[0::2] | bits[1::2] << np.uint32(16)
-    return Paired(jax.device_put(pairs.reshape(groups, PAIRS, -1), device), outer)
 
 
 def _contracted(name: str) -> int:

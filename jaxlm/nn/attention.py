@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxlm import axes, lookup
 from jaxlm.axes import shaped
-from jaxlm.nn import context, halves, positions, splash, triton
+from jaxlm.nn import context, native, positions, splash, triton
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.linear import crossed, dense, normal, zeros
 from jaxlm.nn.mask import Mask, ahead, visible
@@ -50,28 +50,35 @@ def xla(
     return _attend_in_spans(q_BNTH, k_BKSH, v_BKSH, hides, spans)
 
 
-def over_halves(
+def over_bits(
     q_BNTH: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask, cap: float | None, bias: Bias | None
 ) -> jax.Array:
-    """The same for a few queries over a cache's keys [B, K, H, S] and values [B, K, S, H] as `nn.halves` holds them,
-    whatever the backend: all scores are in memory.
+    """The same for a few queries over a CPU's cache, whose keys and values [B, K, S, H] are the bits of bfloat16s,
+    whatever the backend (`nn.native`).
     """
-    return _block(q_BNTH, keys, values, mask, cap, bias, jnp.arange(q_BNTH.shape[2]), jnp.arange(keys.shape[-1]))
+    (B, N, T, H), (K, S) = q_BNTH.shape, keys.shape[1:3]
+    slots = jnp.arange(T), jnp.arange(S)
+    more = jnp.where(visible(mask, *slots), 0.0, HIDDEN)[:, None]
+    if bias is not None:
+        more = more + bias(ahead(mask, *slots))
+    if more.shape[1:3] != (1, 1):
+        more = jnp.broadcast_to(more, (len(more), N, T, S)).reshape(len(more), K, -1, S)
+    q_BKRH = (q_BNTH.astype(jnp.float32) * H**-0.5).reshape(B, K, -1, H)
+    return native.attend(q_BKRH, keys, values, more, cap).reshape(B, N, T, H)
 
 
 def _block(q, k, v, mask: Mask, cap: float | None, bias: Bias | None, queries: jax.Array, keys: jax.Array) -> jax.Array:
     """Attention of the queries in these slots over the keys in those, to be differentiated by JAX."""
     B, N, t, H = q.shape
     K, rows = k.shape[1], t * N // k.shape[1]
-    scores, mixed = (halves.product, halves.product) if halves.is_held(v) else (_scores, _mixed)
-    score = scores((q * H**-0.5).reshape(B, K, rows, H), k).reshape(B, N, t, len(keys))
+    score = _scores((q * H**-0.5).reshape(B, K, rows, H), k).reshape(B, N, t, len(keys))
     if cap is not None:
         score = cap * jnp.tanh(score / cap)
     if bias is not None:
         score = score + bias(ahead(mask, queries, keys))
     score = score + jnp.where(visible(mask, queries, keys), 0.0, HIDDEN)[:, None]
     prob = jax.nn.softmax(score, axis=-1).reshape(B, K, rows, -1)
-    return mixed(prob, v).reshape(B, N, t, H)
+    return _mixed(prob, v).reshape(B, N, t, H)
 
 
 def _scores(q_BKRH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
@@ -319,8 +326,8 @@ class Attention(nnx.Module):
 
     def _out(self, x_BTD, q_BNTH, k_BKSH, v_BKSH, mask: Mask, bias: Bias | None) -> jax.Array:
         q_BNTH = axes.constrain(q_BNTH, "BNTH")
-        if halves.is_held(v_BKSH):
-            out_BNTH = over_halves(q_BNTH, k_BKSH, v_BKSH, mask, self.cap, bias)
+        if v_BKSH.dtype == jnp.uint16:
+            out_BNTH = over_bits(q_BNTH, k_BKSH, v_BKSH, mask, self.cap, bias)
         else:
             out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.backend, self.cap, bias)
         y_BTD = dense(out_BNTH.transpose(0, 2, 1, 3).astype(x_BTD.dtype), self.wo_NHD, self.bias_D, over=2)

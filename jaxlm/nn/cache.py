@@ -5,8 +5,8 @@ What lies beyond is stale and out of sight of a causal mask, so prompts are padd
 padding.
 
     k_LBKSH   one array, for layers that are scanned; after `unstacked` a tuple of L arrays [B K, S, H], for layers that
-              stand in a row: a layer is then read where it lies, while a scan copies it out. On a CPU bfloat16s are
-              held in half the memory then, their keys as [B K, H, S], where sizes allow it (`nn.halves`)
+              stand in a row: a layer is then read where it lies, while a scan copies it out. On a CPU whose own
+              kernel reads them (`nn.native`), bfloat16s are held in half the memory then
 
 In a stack, a single token of each row waits in k_LBKH until all layers have read it, and is then put behind the rows of
 all layers at once: layers only read k_LBKSH, which a TPU lays out as their products like it, and no write turns it.
@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm import axes
 from jaxlm.axes import shaped
-from jaxlm.nn import halves
+from jaxlm.nn import native
 
 Layers = jax.Array | tuple[jax.Array, ...]
 
@@ -47,7 +47,7 @@ class Cache:
     v_LBKH: jax.Array | None = None
     # Whether a program that is traced may count on all rows being empty: new tokens then look at each other alone.
     fresh: bool = dataclasses.field(default=False, metadata=dict(static=True))
-    # Whether a CPU's keys and values become bfloat16s, as `nn.halves` holds them, once layers stand in a row.
+    # Whether a CPU's keys and values become bfloat16s, as `nn.native` reads them, once layers stand in a row.
     halved: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @classmethod
@@ -59,7 +59,9 @@ class Cache:
         while layers are stacked: it would turn the whole of it into that and back for each layer that writes.
         """
         cpu = axes.platform() == "cpu"
-        halved = cpu and values and dtype == jnp.bfloat16 and halves.fits(slots, head_width)
+        place = axes.here()
+        alone = place is None or place[0].size == 1
+        halved = cpu and alone and values and dtype == jnp.bfloat16 and native.ready()
         dtype = jnp.dtype("float32") if cpu else dtype
         sizes = dict(L=layers, B=batch, K=kv_heads, S=slots, H=head_width)
         empty = lambda letters: axes.constrain(jnp.zeros([sizes[x] for x in letters], dtype), letters)  # noqa: E731
@@ -80,12 +82,7 @@ class Cache:
     @property
     def slots(self) -> int:
         """How many tokens a row has room for."""
-        return jax.tree.leaves(self.k_LBKSH)[0].shape[-1 if self._turned else -2]
-
-    @property
-    def _turned(self) -> bool:
-        """Whether a layer's keys lie as [B K, H, S]."""
-        return self.halved and isinstance(self.k_LBKSH, tuple)
+        return jax.tree.leaves(self.k_LBKSH)[0].shape[-2]
 
     @shaped
     def write(self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array | None) -> "Cache":
@@ -98,27 +95,26 @@ class Cache:
             new_BKH = new_BKTH[:, :, 0].astype(old_LBKH.dtype)
             return jax.lax.dynamic_update_index_in_dim(old_LBKH, new_BKH, layer, 0)
 
-        def put(old, new_BKTH, turned):
+        def put(old, new_BKTH):
             if not isinstance(old, tuple):
                 return _behind(old, new_BKTH[None], layer, self.lengths_B)
             row, slot_BT = jnp.arange(B * K)[:, None], self.lengths_B[:, None] + jnp.arange(T)[None]
-            new = halves.hold(new_BKTH) if self.halved else new_BKTH.astype(old[layer].dtype)
-            slots = jnp.repeat(slot_BT, K, axis=0)
-            place = old[layer].at[row, :, slots] if turned else old[layer].at[row, slots]
+            new = native.bits(new_BKTH) if self.halved else new_BKTH.astype(old[layer].dtype)
+            place = old[layer].at[row, jnp.repeat(slot_BT, K, axis=0)]
             x = place.set(new.reshape(B * K, T, H), mode="drop")
             return (*old[:layer], x, *old[layer + 1 :])
 
         if T == 1 and self.k_LBKH is not None:
             k_LBKH, v_LBKH = _each(keep, (self.k_LBKH, k_BKTH), (self.v_LBKH, v_BKTH))
             return dataclasses.replace(self, k_LBKH=k_LBKH, v_LBKH=v_LBKH)
-        return self._with(_each(put, (self.k_LBKSH, k_BKTH, self._turned), (self.v_LBKSH, v_BKTH, False)))
+        return self._with(_each(put, (self.k_LBKSH, k_BKTH), (self.v_LBKSH, v_BKTH)))
 
     @shaped
     def extend(
         self, layer: jax.Array | int, k_BKTH: jax.Array, v_BKTH: jax.Array | None
     ) -> tuple["Cache", jax.Array, Any]:
-        """`write`, and that layer's keys and values [B, K, S, H] with the new ones behind the others; or as `nn.halves`
-        holds them.
+        """`write`, and that layer's keys and values [B, K, S, H] with the new ones behind the others, or the bits of
+        them.
         """
         cache = self.write(layer, k_BKTH, v_BKTH)
         k_BKSH, v_BKSH = cache.read(layer)
@@ -129,7 +125,7 @@ class Cache:
         return cache, k_BKSH, v_BKSH
 
     def read(self, layer: jax.Array | int) -> tuple[jax.Array, Any]:
-        """One layer's keys and values [B, K, S, H], or as `nn.halves` holds them."""
+        """One layer's keys and values [B, K, S, H], or the bits of them."""
         shape = (len(self.lengths_B), -1)
         return _each(lambda x: x[layer].reshape(*shape, *x[layer].shape[-2:]), (self.k_LBKSH,), (self.v_LBKSH,))
 
@@ -175,11 +171,11 @@ class Cache:
     def unstacked(self) -> "Cache":
         """The same with every layer's keys and values in an array of its own."""
 
-        def split(x_LBKSH, turned):
+        def split(x_LBKSH):
             layers = tuple(x_BKSH.reshape(-1, *x_BKSH.shape[2:]) for x_BKSH in x_LBKSH)
-            return tuple(halves.hold(x, turned=turned) for x in layers) if self.halved else layers
+            return tuple(native.bits(x) for x in layers) if self.halved else layers
 
-        cache = self._with(_each(split, (self.k_LBKSH, True), (self.v_LBKSH, False)))
+        cache = self._with(_each(split, (self.k_LBKSH,), (self.v_LBKSH,)))
         return dataclasses.replace(cache, k_LBKH=None, v_LBKH=None)
 
     def _with(self, both: tuple[Any, Any]) -> "Cache":

@@ -14,6 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 from jaxlm import axes
+from jaxlm.nn import native
 
 
 def normal(rngs: nnx.Rngs, *shape: int, std: float) -> nnx.Param:
@@ -42,19 +43,14 @@ class Turned:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Paired:
-    """A bfloat16 weight for products with a single row (`decode.weights`): two of its rows in each uint32.
+class Tiled:
+    """A bfloat16 weight as a CPU's own kernel reads it while decoding (`native.tile`)."""
 
-    pairs[g, p, n]    the low half is w[i, n], the high half w[i + 1, n], with i = 2 (PAIRS g + p); behind w are zeros
-    """
-
-    pairs: jax.Array
+    tiles: jax.Array
     outer: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
 
 
-PAIRS = 12  # rows of pairs that are read at a time
-
-Weight: TypeAlias = jax.Array | nnx.Param | Turned | Paired
+Weight: TypeAlias = jax.Array | nnx.Param | Turned | Tiled
 
 
 def dense(x: jax.Array, w: Weight, bias: Weight | None = None, over: int = 1) -> jax.Array:
@@ -62,8 +58,8 @@ def dense(x: jax.Array, w: Weight, bias: Weight | None = None, over: int = 1) ->
     weight = _value(w)
     lead = x.shape[: x.ndim - over]
     matrix = x.reshape(*flat(lead), -1)
-    if isinstance(weight, Paired):
-        y, outer = _against_pairs(matrix, weight.pairs), weight.outer
+    if isinstance(weight, Tiled):
+        y, outer = native.product(matrix, weight.tiles, math.prod(weight.outer)), weight.outer
     elif isinstance(weight, Turned):
         y, outer = _against_rows(matrix, weight.matrix), weight.outer
     elif axes.platform() == "cpu":
@@ -86,7 +82,7 @@ def flat(lead: tuple[int, ...]) -> tuple[int, ...]:
 class Head(NamedTuple):
     """What turns hidden states into logits: a row a token, perhaps a bias, perhaps bent to cap tanh(logit / cap)."""
 
-    table_VD: Any  # an array, or while decoding perhaps Turned or Paired
+    table_VD: Any  # an array, or while decoding perhaps Turned or Tiled
     bias_V: jax.Array | None = None
     cap: float | None = None
 
@@ -94,8 +90,8 @@ class Head(NamedTuple):
         """Logits [B, T, V] in float32."""
         B, T, D = x_BTD.shape
         table, x = self.table_VD, x_BTD.reshape(*flat((B, T)), D)
-        if isinstance(table, Paired):
-            y = _against_pairs(x, table.pairs)
+        if isinstance(table, Tiled):
+            y = native.product(x, table.tiles, *table.outer)
         else:
             y = _against_rows(x, table.matrix if isinstance(table, Turned) else table).astype(jnp.float32)
         if self.bias_V is not None:
@@ -160,25 +156,6 @@ def _against_rows(x: jax.Array, matrix: jax.Array) -> jax.Array:
         jnp.concatenate([x, x]) if len(x) == 1 else x
     )  # a single row is a vector to XLA, which has no fast way for it
     return _summed(rows, matrix.astype(x.dtype), x.ndim - 1, 1)[: len(x)]
-
-
-def _against_pairs(x: jax.Array, pairs: jax.Array) -> jax.Array:
-    """[1, inner], pairs [g, p, outer] -> [1, outer] in float32, nothing rounded on the way.
-
-    Written out, each element of the result is a sum of fused products along `outer`, which XLA's CPU compiler turns
-    into vector instructions that read as fast as memory gives; its own product of a bfloat16 matrix first copies it.
-    """
-    if len(x) != 1:
-        raise ValueError(f"{len(x)} rows against weights that are laid out for one")
-    G, P, N = pairs.shape
-    pairs, x = jax.lax.optimization_barrier((pairs, x))  # else a loop over tokens makes all halves before it begins
-    x = jnp.pad(x[0].astype(jnp.float32), (0, 2 * G * P - x.shape[1])).reshape(G, 2 * P, 1)
-    sums = jnp.zeros((G, N))
-    for p in range(P):
-        low, high = pairs[:, p] << 16, pairs[:, p] & jnp.uint32(0xFFFF0000)
-        for i, half in enumerate((low, high)):
-            sums += x[:, 2 * p + i] * jax.lax.bitcast_convert_type(half, jnp.float32)
-    return jnp.ones((1, G)) @ sums  # a product, since XLA would fuse a sum with the above into a slow loop
 
 
 def stream(dtype: Any) -> jnp.dtype:

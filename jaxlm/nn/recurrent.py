@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxlm import axes, lookup
 from jaxlm.axes import shaped
 from jaxlm.nn.cache import Cache
-from jaxlm.nn.linear import Paired, Turned, Weight, dense, normal
+from jaxlm.nn.linear import Tiled, Turned, Weight, dense, normal
 
 State = tuple[jax.Array, jax.Array | None]  # h [B, D], and the memory c [B, D] of a cell that has one
 
@@ -99,11 +99,11 @@ class Recurrent(nnx.Module):
         return h_BTD.astype(x_BTD.dtype), cache
 
 
-def _whole(weight: jax.Array | Turned | Paired, dtype: jnp.dtype, tokens: int) -> Weight:
+def _whole(weight: jax.Array | Turned | Tiled, dtype: jnp.dtype, tokens: int) -> Weight:
     """The weight on every device, gathered once: where gates are split, devices would have to talk for every token. For
     one token that is less than the weight, which then stays where it is.
     """
-    if isinstance(weight, Turned | Paired):
+    if isinstance(weight, Turned | Tiled):
         return weight
     return weight.astype(dtype) if tokens == 1 else axes.constrain(weight.astype(dtype), "___")
 

@@ -11,7 +11,7 @@ from jaxlm.decode.engine import Engine
 from jaxlm.decode.sampling import Sampling
 from jaxlm.lookup import Mistake
 from jaxlm.models import Blueprint
-from jaxlm.nn import halves
+from jaxlm.nn import native
 from tests.trees import noisy
 
 V, CONTEXT, NEW, STOP = 5, 32, 4, 3
@@ -179,11 +179,11 @@ def test_rows_of_a_bfloat16_cache_go_with_their_beams():
         dict(name="llama", layers=2, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=16, context=CONTEXT),
         vocab=V, dtype="bfloat16",
     )  # fmt: skip
-    engine, prompts, new = Engine(model, noisy(model, std=0.6)), [[1, 2, 0], [4, 0, 3]], 12
-    assert halves.is_held(engine.start(prompts, new)[0].cache.k_LBKSH[0])
+    engine, prompts, new = Engine(model, noisy(model, std=0.4)), [[1, 2, 0], [4, 0, 3]], 12
+    assert engine.start(prompts, new)[0].cache.halved == native.ready()
     for prompt, found in zip(prompts, BeamSearch(engine)(prompts, beams=4, max_new_tokens=new, length_penalty=0.0)):
         rows_BT = np.array([[*prompt, *one.tokens] for one in found])
         logits_BTV = np.asarray(jax.jit(model.bind(engine.params))(rows_BT)[0], np.float64)
         log_probs_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
         chosen_BT = np.take_along_axis(log_probs_BTV[:, 2:-1], rows_BT[:, 3:, None], -1)[..., 0]
-        np.testing.assert_allclose([one.score for one in found], chosen_BT.sum(1), atol=0.1)
+        np.testing.assert_allclose([one.score for one in found], chosen_BT.sum(1), atol=0.05)

@@ -65,11 +65,11 @@ def test_token_by_token_gives_the_logits_of_one_pass(engine, alone):
     state, _ = engine.start(PROMPTS, 8)
     rest = np.random.default_rng(0).integers(0, V, (8, 3))
     step = jax.jit(lambda params, cache, token_B: read(engine.blueprint.bind(params), cache, token_B))
-    logits, cache = step(engine.decoding(len(PROMPTS))[0], state.cache, np.array([prompt[-1] for prompt in PROMPTS]))
+    logits, cache = step(engine.decoding()[0], state.cache, np.array([prompt[-1] for prompt in PROMPTS]))
     for t in range(8):
         for row, prompt in enumerate(PROMPTS):
             np.testing.assert_allclose(logits[row], alone([*prompt, *rest[:t, row]])[-1], atol=1e-5)
-        logits, cache = step(engine.decoding(len(PROMPTS))[0], cache, rest[t])
+        logits, cache = step(engine.decoding()[0], cache, rest[t])
 
 
 def test_a_row_writes_the_same_alone_and_among_others_and_however_often_the_host_looks(engine):
