@@ -22,12 +22,19 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kLanes = 16;              // columns of a block
-constexpr int64_t kBytes = 128 * 1024;  // that a thread takes at a time
-constexpr float kHidden = -1e29f;       // what is added to the score of a key that is not seen is less
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;  // of a vector register, in floats
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kColumns = 16, kVectors = kColumns / kWidth;  // of a block of weights
+constexpr int64_t kBytes = 128 * 1024;                      // that a thread takes at a time
+constexpr float kHidden = -1e29f;                           // what is added to the score of a key that is not seen is less
 
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Pairs __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth), aligned(4)));  // of two bfloat16s each
 
 // Call work(0), .., work(count - 1) on this thread and on all of the pool that have nothing else to do.
 template <typename Work>
@@ -54,67 +61,79 @@ float wide(uint16_t bits) {
   return x;
 }
 
-// sum + the products of two bfloat16s of a row with two of each column.
-Floats add_products(Floats sum, uint32_t x, Pairs w) {
+// Two neighbours in a row of bfloat16s, as they are multiplied with the two of each column.
 #ifdef __AVX512BF16__
+typedef uint32_t Pair;
+Pair pair(uint32_t word) { return word; }
+Floats add_products(Floats sum, Pair x, Words w) {
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)w);
+}
 #else
-  sum += wide(x) * (Floats)(w << 16);
-  return sum + wide(x >> 16) * (Floats)(w & 0xffff0000u);
+struct Pair {
+  float low, high;
+};
+Pair pair(uint32_t word) { return {wide(word), wide(word >> 16)}; }
+Floats add_products(Floats sum, Pair x, Words w) {
+  sum += x.low * (Floats)(w << 16);
+  return sum + x.high * (Floats)(w & 0xffff0000u);
+}
 #endif
-}
 
-// Rows x[R, pairs] with C blocks of columns [pairs, kLanes]: y[R, C kLanes], of which `width` columns exist.
+// R rows x[R, pairs] with C blocks of weights w[C, pairs, kColumns]: y[R, C kColumns], of which `columns` exist.
 template <int R, int C>
-void tile(const uint32_t* x, int64_t pairs, const Pairs* w, float* y, int64_t stride, int64_t width) {
-  Floats sums[R][C] = {};
+void tile(const Pair* x, int64_t pairs, const Words* w, float* y, int64_t stride, int64_t columns) {
+  Floats sums[R][C * kVectors] = {};
   for (int64_t p = 0; p < pairs; p++)
-    for (int c = 0; c < C; c++) {
-      Pairs column = w[c * pairs + p];
-      for (int r = 0; r < R; r++) sums[r][c] = add_products(sums[r][c], x[r * pairs + p], column);
-    }
-  for (int r = 0; r < R; r++) std::memcpy(y + r * stride, sums[r], sizeof(float) * std::min<int64_t>(width, C * kLanes));
+    for (int c = 0; c < C; c++)
+      for (int v = 0; v < kVectors; v++) {
+        Words column = w[(c * pairs + p) * kVectors + v];
+        for (int r = 0; r < R; r++)
+          sums[r][c * kVectors + v] = add_products(sums[r][c * kVectors + v], x[r * pairs + p], column);
+      }
+  size_t bytes = sizeof(float) * std::min<int64_t>(columns, C * kColumns);
+  for (int r = 0; r < R; r++) std::memcpy(y + r * stride, sums[r], bytes);
 }
 
-// So many rows with so many blocks, R rows and C blocks at a time.
+// As many of the rows as come R at a time, with all blocks, C at a time; how many rows that are.
 template <int R, int C>
-int64_t tiles(const uint32_t* x, int64_t rows, int64_t pairs, const Pairs* w, int64_t blocks, float* y, int64_t stride,
-              int64_t width) {
+int64_t tiles(const Pair* x, int64_t rows, int64_t pairs, const Words* w, int64_t blocks, float* y, int64_t stride,
+              int64_t columns) {
   int64_t row = 0;
-  for (; row + R <= rows; row += R) {
-    int64_t block = 0;
-    auto at = [&](int64_t b) { return y + row * stride + b * kLanes; };
-    for (; block + C <= blocks; block += C)
-      tile<R, C>(x + row * pairs, pairs, w + block * pairs, at(block), stride, width - block * kLanes);
-    for (; block < blocks; block++)
-      tile<R, 1>(x + row * pairs, pairs, w + block * pairs, at(block), stride, width - block * kLanes);
-  }
+  for (; row + R <= rows; row += R)
+    for (int64_t block = 0; block < blocks;) {
+      bool all = block + C <= blocks;
+      (all ? tile<R, C> : tile<R, 1>)(x + row * pairs, pairs, w + block * pairs * kVectors,
+                                      y + row * stride + block * kColumns, stride, columns - block * kColumns);
+      block += all ? C : 1;
+    }
   return row;
-}
-
-void part(const uint32_t* x, int64_t rows, int64_t pairs, const Pairs* w, int64_t blocks, float* y, int64_t stride,
-          int64_t width) {
-  int64_t done = tiles<8, 2>(x, rows, pairs, w, blocks, y, stride, width);
-  auto rest = [&](auto tiles) {
-    done += tiles(x + done * pairs, rows - done, pairs, w, blocks, y + done * stride, stride, width);
-  };
-  rest(tiles<4, 2>);
-  rest(tiles<2, 4>);
-  rest(tiles<1, 4>);
 }
 
 ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi::BufferR3<ffi::U32> w,
                    ffi::ResultBufferR2<ffi::F32> y) {
   int64_t rows = x.dimensions()[0], pairs = w.dimensions()[1], blocks = w.dimensions()[0], N = y->dimensions()[1];
-  auto xs = static_cast<const uint32_t*>(x.untyped_data());
-  auto ws = static_cast<const Pairs*>(w.untyped_data());
+  std::vector<Pair> xs(rows * pairs);
+  std::transform(static_cast<uint32_t*>(x.untyped_data()), static_cast<uint32_t*>(x.untyped_data()) + rows * pairs,
+                 xs.begin(), pair);
+  const Pair* first_x = xs.data();
+  const Words* ws = static_cast<const Words*>(w.untyped_data());
   float* ys = y->typed_data();
-  int64_t some = std::max<int64_t>(1, kBytes / (pairs * sizeof(Pairs)) / 4) * 4;
+  constexpr int64_t few = 4;  // blocks, which stay in the cache of a core while rows are many
+  int64_t some = std::max<int64_t>(1, kBytes / (pairs * 4 * kColumns) / few) * few;
   share(pool, (blocks + some - 1) / some, [=](int64_t i) {
-    int64_t first = i * some, last = std::min(blocks, first + some);
-    for (int64_t block = first; block < last; block += 4)  // which stay in the cache of a core while rows are many
-      part(xs, rows, pairs, ws + block * pairs, std::min<int64_t>(4, last - block), ys + block * kLanes, N,
-           N - block * kLanes);
+    for (int64_t block = i * some; block < std::min(blocks, (i + 1) * some); block += few) {
+      int64_t row = 0;
+      auto next = [&](auto tiles) {
+        row += tiles(first_x + row * pairs, rows - row, pairs, ws + block * pairs * kVectors,
+                     std::min(few, blocks - block), ys + row * N + block * kColumns, N, N - block * kColumns);
+      };
+#ifdef __AVX512F__
+      next(tiles<8, 2>);  // sums fill half of 32 registers
+#endif
+      next(tiles<4, kVectors == 1 ? 2 : 1>);
+      next(tiles<2, kVectors == 1 ? 4 : 2>);
+      next(tiles<1, 4>);
+    }
   });
   return ffi::Error::Success();
 }
