@@ -40,8 +40,8 @@ class Cache:
     v_LBKSH: Layers | None  # None for layers that keep one thing a token
     lengths_B: jax.Array
     # An encoder's keys and values [L, inputs, K, S, H], read by all tokens, and which of its tokens are no padding
-    # [inputs, S]. Rows that read the same input lie together, each input has as many.
-    cross: tuple[jax.Array, jax.Array] | None = None
+    # [inputs, S]. Rows that read the same input lie together, each input has as many. Held as bits they are L arrays.
+    cross: tuple[Layers, Layers] | None = None
     real: jax.Array | None = None
     k_LBKH: jax.Array | None = None  # of the token that the layers of a stack are reading; None where there is no stack
     v_LBKH: jax.Array | None = None
@@ -176,7 +176,10 @@ class Cache:
             return tuple(native.bits(x) for x in layers) if self.halved else layers
 
         cache = self._with(_each(split, (self.k_LBKSH,), (self.v_LBKSH,)))
-        return dataclasses.replace(cache, k_LBKH=None, v_LBKH=None)
+        cross = self.cross
+        if self.halved and cross is not None:
+            cross = tuple(native.bits(x) for x in cross[0]), tuple(native.bits(x) for x in cross[1])
+        return dataclasses.replace(cache, k_LBKH=None, v_LBKH=None, cross=cross)
 
     def _with(self, both: tuple[Any, Any]) -> "Cache":
         return dataclasses.replace(self, k_LBKSH=both[0], v_LBKSH=both[1])

@@ -103,12 +103,17 @@ def through(
         graph, params = nnx.split(more)
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), nnx.to_pure_dict(params))
 
+    held = None if cache is None else cache.cross
+    apart = held if held is not None and isinstance(held[0], tuple) else None  # an array a layer, not to be sliced
+
     def step(block, carry, rows, extra):
         (mask, memory), (layer, key, kv, own) = rows, extra
         cross = None
+        if apart is not None:
+            kv = tuple(layers[layer] for layers in apart)
         if memory is not None:
             cross = (*(block.cross.keys_values(memory.states_BSD) if kv is None else kv), memory.mask)
         return block(carry[0], mask, *(more if graph is None else nnx.merge(graph, own)), cross, carry[1], layer, key)
 
-    per_layer = (np.arange(layers), keys, None if cache is None else cache.cross, copies)
+    per_layer = (np.arange(layers), keys, held if apart is None else None, copies)
     return scan(blocks, (x_BTD, cache), step, per_layer, rows=(mask, memory), remat=remat)

@@ -209,15 +209,18 @@ def test_tokens_read_one_by_one_have_the_logits_of_all_at_once(name):
 def continued(blueprint, params) -> tuple[type, list[list[int]]]:
     """What an engine holds weights as, and what it writes."""
     engine = Engine(blueprint, params)
-    rows = engine.generate([[3, 5, 7], [11, 2]], Sampling(temperature=0), max_new_tokens=6)
-    return type(engine.decoding()[0]["blocks"]["mlp"]["up_DF"][0]), rows
+    prompts, how = [[3, 5, 7], [11, 2]], Sampling(temperature=0)
+    rows = engine.generate(prompts, how, max_new_tokens=6, copies=3)
+    table = engine.decoding()[1]
+    return type(table), rows
 
 
 @compiled
-def test_without_a_compiler_the_same_is_written(monkeypatch):
-    blueprint = Blueprint.of(
-        dict(name="gpt2", context=32, layers=2, width=16, heads=2), vocab=40, dtype="bfloat16"
-    )  # fmt: skip
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
+def test_without_a_compiler_the_same_is_written(name, monkeypatch):
+    sizes = dict(mlp_width=24) if name == "t5" else {}
+    section = dict(name=name, context=32, layers=2, width=16, heads=2, **sizes)
+    blueprint = Blueprint.of(section, vocab=40, dtype="bfloat16")
     params = jax.tree.map(lambda x: 8 * x, blueprint.init(0))  # so that no two logits are near each other
     held, rows = continued(blueprint, params)
     monkeypatch.setattr(native, "ready", lambda: False)
