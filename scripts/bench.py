@@ -3,6 +3,7 @@
     scripts/bench.py train  --json [--layers=6 --heads=6 --width=384 --context=256 --batch=12 --vocab=65]
                                    [--dtype=float32,bfloat16]
     scripts/bench.py decode --json [--batch=1 --prompt=32 --new=128]    GPT-2 124M shape, random weights
+    scripts/bench.py reading --json --dtype=bfloat16                    a token beside the mere reading of its weights
     scripts/bench.py loss   --json                                      peak temporary memory, chunked against full
     scripts/bench.py families --json [--layers=6 --width=384 ...]       forward + backward of every family, one shape
     scripts/bench.py depth  --json                                      compile time of 4, 12, 48 layers, scan and loop
@@ -47,6 +48,7 @@ SMALL = dict(layers=6, heads=6, width=384, context=256)
 LOADER = dict(context=2048, batch=8, vocab=32_000)
 GPT2 = dict(layers=12, heads=12, width=768, context=1024, batch=1, vocab=50257)
 XL = dict(layers=48, heads=25, width=1600, context=1024, vocab=50257)
+SHAPES = dict(decode=GPT2, reading=GPT2, families=SMALL, saves=SMALL, loader=LOADER, memory=XL)
 
 
 def gpt2(a: argparse.Namespace) -> dict[str, Any]:
@@ -131,6 +133,43 @@ def continuation(model: dict[str, Any], a: argparse.Namespace, dtype: str) -> di
     median = statistics.median(times[1:])
     rate = round(a.batch * a.new / median, 1)
     return dict(dtype=dtype, batch=a.batch, new_tokens_per_s=rate, first_call_s=round(times[0], 2))
+
+
+def reading(a: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """A token of `decode`, prompts included, beside what memory takes to give as many bytes as the weights that it
+    reads: the largest number among them, looked for by all cores. Medians of both, taken in turn.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import jax
+    import numpy as np
+
+    from jaxlm.decode.engine import Engine
+    from jaxlm.decode.sampling import Sampling
+    from jaxlm.models import Blueprint
+
+    blueprint = Blueprint.of(gpt2(a), vocab=a.vocab, dtype=dtype)
+    engine = Engine(blueprint, blueprint.init(0))
+    prompts = np.random.default_rng(0).integers(0, a.vocab, (a.batch, a.prompt)).tolist()
+    params, table = engine.decoding()
+    head = engine.params["embed_VD"] if table is None else table
+    weights = sum(x.nbytes for x in jax.tree.leaves((params["blocks"], head)))
+    parts = np.array_split(np.ones(weights // 4, np.float32), program.cores())
+    tokens, bounds = [], []
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(1 + max(7, a.repeats // 2)):
+            start = time.perf_counter()
+            rows = engine.generate(prompts, Sampling(temperature=0.0), max_new_tokens=a.new, steps=a.new)
+            tokens.append((time.perf_counter() - start) / len(rows[0]))
+            for _ in range(3):
+                start = time.perf_counter()
+                list(pool.map(np.max, parts))
+                bounds.append(time.perf_counter() - start)
+    token, bound = statistics.median(tokens[1:]), statistics.median(bounds[3:])
+    return dict(
+        dtype=dtype, batch=a.batch, weights_mb=round(weights / 1e6), gb_per_s=round(weights / bound / 1e9, 1),
+        read_ms=round(1e3 * bound, 2), token_ms=round(1e3 * token, 2), ratio=round(token / bound, 2),
+    )  # fmt: skip
 
 
 def loss(a: argparse.Namespace, variant: str) -> dict[str, Any]:
@@ -230,7 +269,7 @@ VARIANTS = {
     **bench_saves.VARIANTS,
 }
 WHAT = dict(
-    train=train, decode=decode, loss=loss, families=families, depth=depth,
+    train=train, decode=decode, reading=reading, loss=loss, families=families, depth=depth,
     costs=bench_costs.costs, start=bench_start.start, loader=bench_data.loader, prepare=bench_data.prepare,
     saves=bench_saves.saves, memory=bench_saves.memory,
 )  # fmt: skip
@@ -283,10 +322,7 @@ def main() -> None:
     parser.add_argument("--peer", default="")
     parser.add_argument("--peer-flags", default="--dtype=float32")
     a = parser.parse_args()
-    defaults = {
-        **DEFAULTS,
-        **{"decode": GPT2, "families": SMALL, "saves": SMALL, "loader": LOADER, "memory": XL}.get(a.what, {}),
-    }
+    defaults = DEFAULTS | SHAPES.get(a.what, {})
     for name, value in defaults.items():
         if getattr(a, name) is None:
             setattr(a, name, value)
