@@ -93,8 +93,10 @@ def mesh(
 ) -> Mesh:  # fmt: skip
     """Arrange the devices (all unless given) in the order of `MESH_AXES`; one size may be -1: what is left.
 
-    Slices are joined by the slow network, so they only ever divide the data axis. Sizes that ask for fewer devices than
-    one host has leave the others idle, and the log says so. Raises `Mistake` when the sizes fit the devices in no way.
+    Slices are joined by the slow network, so they only ever divide the data axis. What is too large for one slice may
+    be split over all by the rule D=("fsdp", "data"): in this order, only parts of it cross. Sizes that ask for fewer
+    devices than one host has leave the others idle, and the log says so. Raises `Mistake` when the sizes fit the
+    devices in no way.
     """
     devices = jax.devices() if devices is None else list(devices)
     asked = dict(data=data, stage=stage, fsdp=fsdp, expert=expert, sequence=sequence, tensor=tensor)

@@ -6,7 +6,8 @@
 A loop's body is counted as often as the loop runs. Of a choice the dearest branch counts; in a scope `seen_0.6`, as in
 `nn/context.py`, six times in ten; in a scope `wanted`, as in `decode/sampling.py`, unless told that nobody asks for it.
 What is fused into one operation is one, but for collectives, which are listed wherever they are. What is sent to other
-slices through the host is a collective, too, and begun: the program of one slice does it by `send`.
+slices through the host is a collective, too, and begun: the program of one slice does it by `send` and `recv`. What is
+kept in the host's own memory is moved `to-host` and `from-host`, begun as well.
 
 A product by expert counts for the rows that there are where all experts get as much, and not for those that there is
 room for. The gradient of the experts' weights is written as a product of every row with every expert, which skips what
@@ -23,6 +24,8 @@ import numpy as np
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "token": 0, "bf16": 2, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+HOST = ("to-host", "from-host")
 
 SKIPS = '"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_ITERATION_INDICES"'  # where a mask of the rows is false
 
@@ -50,6 +53,7 @@ class Operation:
     begun: bool = False  # whether it runs beside others until it is waited for
     rows: int = 0  # of a product by expert: how many come
     tiling: tuple[int, ...] = ()  # of its kernel: how many of [rows, K, N] it multiplies at a time
+    inside: str = ""  # the computation that it stands in: a loop's body, or the entry
 
     @property
     def bytes(self) -> int:
@@ -107,13 +111,13 @@ def read(text: str, unknown: int = 1, wanted: bool = True) -> list[Operation]:
             if kind == "fusion":
                 inside = called("calls")[0]
                 yield from _sending(walk(inside, times), inside, "".join(computations.get(inside, ())), match, places)
-            operation = _operation(match, times, places) or _crossing(match, times, devices)
+            operation = _moved(match, times) or _operation(match, times, places) or _crossing(match, times, devices)
             if operation and operation.kind == "ragged-all-to-all":
                 operation = _evenly(operation, rest, computations[name])
             if operation and SKIPS in rest:
                 operation = _own(operation, computations[called("calls")[0]])
             if operation is not None:
-                yield operation
+                yield dataclasses.replace(operation, inside=name)
 
     return _filled(list(walk(entry, 1)))
 
@@ -169,14 +173,27 @@ def _scattered(op: Operation, fusion: re.Match, places: "_Places") -> Operation:
 
 
 def _crossing(match: re.Match, times: float, devices: int) -> Operation | None:
-    """What a device exchanges with those in its place in other slices, of so many devices each."""
+    """What a device exchanges with those in its place in other slices, of so many devices each: what it receives is
+    the collective's result.
+    """
     name, result, kind, rest = match.groups()
     what = re.search(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', rest)
-    if kind != "send" or not what:
+    if kind != "recv" or not what:
         return None
     slices = len(what[1].split(","))
     base = what[2].lower().replace("_", "-")
     return Operation(name, base, times, 0, _sizes(result)[:1], (), "", "", slices, devices, begun=True)
+
+
+def _moved(match: re.Match, times: float) -> Operation | None:
+    """What is moved between the device and its host, whose memory a TPU's compiler calls S(5)."""
+    name, result, kind, _ = match.groups()
+    if "S(5)" not in result or kind not in ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start"):
+        return None
+    arrays = re.findall(r"\b[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?", result)
+    here = max((_sizes(array) for array in arrays if "S(5)" not in array), key=lambda sizes: _bytes(sizes[0]))
+    out = kind == "dynamic-update-slice-start" or (kind == "copy-start" and "S(5)" in arrays[0])
+    return Operation(name, HOST[not out], times, 0, here, (), "", "", begun=True)
 
 
 def _evenly(op: Operation, rest: str, lines: list[str]) -> Operation:

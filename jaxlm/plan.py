@@ -16,7 +16,8 @@ this machine. Nothing is allocated: weights and batch are shapes.
 --json prints one object a plan.
 
 The time is what the TPU's compiler expects of each operation (it writes estimated cycles into its program, none for
-kernels), the FLOPs of attention's and experts' kernels, and what devices send each other while nothing else runs.
+kernels), the FLOPs of attention's and experts' kernels, and what devices send each other while nothing else runs. What
+goes to the hosts' memory and back (config.model.remat=offload) takes time where that is more than the work beside it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -123,20 +124,21 @@ def make(
     if isinstance(where[0], Device):
         return _counted(config, where, run, arithmetic.kept(run.parts, run.batch, run.mesh, run.rules), price)
     compiled = costs.build(_lower(run), SMALLER)
-    (temporary, peak), took = costs.memory(compiled, where[0].platform), time.perf_counter() - begun
+    took, chip = time.perf_counter() - begun, chips.of(where[0].device_kind)
+    temporary, peak = costs.memory(compiled, where[0].platform, chip.hbm if chip else math.inf)
     operations = hlo.read(compiled.as_text() or "")
     known: dict[str, Any] = _known(config, where, run) | dict(
         compiled=True, temporary_bytes=temporary, peak_bytes=peak, compile_seconds=took,
         estimated_cycles=round(sum(op.times * op.cycles for op in operations)),
     )  # fmt: skip
-    chip = chips.of(where[0].device_kind)
     if not chip or not chip.clock:
         return Plan(**known)
     cost = costs.Cost(operations, run.mesh, chip, costs.torus(where), slices)
     return Plan(
         **known, **_paced(config, where, known, cost.step, price), step_seconds=cost.step, compute_seconds=cost.compute,
         attention_seconds=cost.attention, expert_seconds=cost.experts, exposed_seconds=cost.exposed,
-        uncounted=cost.uncounted, operations=cost.dearest(10), collectives=cost.sent(),
+        uncounted=cost.uncounted, operations=cost.dearest(10), collectives=cost.sent(), host_bytes=cost.moved,
+        host_seconds=cost.hosted,
         mfu=known["flops_per_step"] / run.mesh.size / cost.step / chip.flops,
     )  # fmt: skip
 
@@ -204,7 +206,7 @@ def candidates(
     config: Mapping[str, Any], where: list[Any], *, words: Words, slices: int = 1
 ) -> list[Candidate]:  # fmt: skip
     """The config on other meshes, by other remat policies and with half and double the batch, most promising first.
-    Without `offload`: what it sends to the hosts is not counted, and so it would always seem to be best.
+    Without `offload`: arithmetic counts nothing of what it sends to the hosts, and so it would always seem to be best.
     """
     kept = {name: n for name, n in (config.get("mesh") or {}).items() if name in ("stage", "expert", "sequence")}
     count, chip = len(where) // slices // math.prod(kept.values()), chips.of(where[0].device_kind)

@@ -101,6 +101,13 @@ ENTRY %main.1_spmd (p: bf16[8,4]) -> bf16[8,4] {
   %by_expert = bf16[64,8]{1,0} custom-call(%count, %there, %w), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[1]{0}, bf16[64,4]{1,0}, bf16[2,4,8]{2,1,0}}, frontend_attributes={ragged_dot_tiling="128,4,8"}, metadata={op_name="ragged-dot-none"}
   %gradient = bf16[2,4,8]{2,1,0} fusion(%there, %mask, %by_expert), kind=kOutput, calls=%masked, backend_config={"window_config":{"estimated_cycles":"6000"},"mask_aggregator_config":{"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_ITERATION_INDICES"}}
   %send = (f32[6]{0}, u32[], token[]) send(%little, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %summed = (f32[6]{0}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %gathered = (f32[18]{0}, u32[], token[]) recv(%after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-gather.1_0",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %scattered = (f32[2]{0}, u32[], token[]) recv(%after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="reduce-scatter.1_0",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="REDUCE_SCATTER"}
+  %kept = ((bf16[7,8,4]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,4]{2,1,0:T(8,128)(2,1)}, s32[]{:T(128)}), bf16[7,8,4]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%there_S5, %part, %i)
+  %back_again = ((bf16[7,8,4]{2,1,0:T(8,128)(2,1)S(5)}, s32[]{:T(128)}), bf16[1,8,4]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) dynamic-slice-start(%there_S5, %i), dynamic_slice_sizes={1,8,4}
+  %copied = (f32[6]{0:T(128)S(5)}, f32[6]{0:T(128)}, u32[]{:S(2)}) copy-start(%little)
+  %near = (f32[6]{0:T(128)S(1)}, f32[6]{0:T(128)}, u32[]{:S(2)}) copy-start(%little)
   ROOT %sum = (f32[6]{0}, f32[6]{0}) all-reduce-start(%either, %either), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
 }
 """  # noqa: E501
@@ -172,9 +179,20 @@ def test_of_rows_by_expert_those_are_counted_that_would_come_if_all_got_as_much(
 
 
 def test_what_goes_to_other_slices_through_the_host_is_a_collective(operations):
-    send = operations["send"]
-    assert (send.kind, send.group, send.stride, send.begun) == ("all-reduce", 3, 8, True), "a slice has 8 devices"
-    assert send.sent == 2 * 2 / 3 * 6 * 4
+    summed, gathered, scattered = (operations[name] for name in ("summed", "gathered", "scattered"))
+    assert (summed.kind, summed.group, summed.stride, summed.begun) == ("all-reduce", 3, 8, True), "8 devices a slice"
+    assert summed.sent == 2 * 2 / 3 * 6 * 4 and "send" not in operations
+    assert gathered.kind == "all-gather" and gathered.sent == 2 * 6 * 4, "its part to each of two others"
+    assert scattered.kind == "reduce-scatter" and scattered.sent == 2 / 3 * 6 * 4, "of what it has, their parts"
+
+
+def test_what_is_kept_by_the_host_is_moved_there_and_back_beside_other_work(operations):
+    moves = {op.name: (op.kind, op.bytes, op.begun) for op in operations.values() if op.kind in hlo.HOST}
+    part = 8 * 4 * 2
+    assert moves == dict(
+        kept=("to-host", part, True), back_again=("from-host", part, True), copied=("to-host", 24, True)
+    )  # fmt: skip
+    assert operations["kept"].inside == "main.1_spmd", "the vector memory is the device's own"
 
 
 def test_an_operation_is_known_by_the_line_of_ours_that_asked_for_it(operations):

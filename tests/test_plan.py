@@ -1,19 +1,21 @@
 """`jaxlm plan`: what a run will need and take on devices that are not here."""
 
+import dataclasses
 import json
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm import axes, chips, plan, step
+from jaxlm import axes, chips, hlo, plan, step
 from jaxlm.data.words import Words
 from jaxlm.hlo import Operation
 from jaxlm.lookup import Mistake
 from jaxlm.nn import splash
 from jaxlm.planning import costs
-from jaxlm.planning.costs import KERNEL, Cost
+from jaxlm.planning.costs import CYCLES, KERNEL, Cost
 
 pytest.importorskip("libtpu", reason="the extra `tpu` brings the compiler")
 
@@ -151,6 +153,16 @@ def test_a_product_by_expert_takes_its_floating_point_operations_or_what_its_blo
     assert seconds(128, 512, 512, rows=16) == pytest.approx(2 * (2 * 16 * 512 + 8 * 512 * 1024) / 0.82e12)
 
 
+def test_where_hosts_hold_something_a_compiled_program_needs_no_more_than_there_is():
+    """The peak that is told is then the hosts'."""
+    told = types.SimpleNamespace(
+        argument_size_in_bytes=9, output_size_in_bytes=9, alias_size_in_bytes=8, temp_size_in_bytes=27,
+        host_temp_size_in_bytes=34, peak_memory_in_bytes=44,
+    )  # fmt: skip
+    program: Any = types.SimpleNamespace(memory_analysis=lambda: told)
+    assert costs.memory(program, "tpu", 32.0) == (22, 32) and costs.memory(program, "tpu", 95.0) == (27, 37)
+
+
 @pytest.mark.parametrize("stride, slices, crosses", [(1, 1, False), (7, 1, False), (3, 2, False), (4, 2, True)])
 def test_only_what_leaves_its_slice_takes_the_slow_network(stride, slices, crosses):
     """The last of a ring sends to the first, as far away as the ring is long, and stays in the slice."""
@@ -167,3 +179,19 @@ def test_a_collective_of_all_devices_in_another_order_stays_in_the_one_slice():
     gather = Operation("gather.1", "all-gather", 1, 0, sizes, (), "", "", group=8, stride=4)
     mesh = types.SimpleNamespace(size=8, shape=dict(data=8))
     assert Cost([gather], mesh, chip, (2, 4, 1), 1).exposed == 1750 / chip.within(8, (2, 4, 1))
+
+
+def test_what_goes_to_the_hosts_takes_time_where_it_is_more_than_the_work_beside_it():
+    sizes, chip = (("bf16", (15_000_000,)),), chips.CHIPS["TPU v5 lite"]  # 2 ms
+    moves = [Operation("x", kind, 3, 0, sizes, (), "", "", begun=True, inside="body") for kind in hlo.HOST]
+
+    def cost(where, chip=chip):
+        work = Operation("fusion.1", "fusion", 3, 750_000, (), (), "", "", inside=where)  # half a ms
+        return Cost([work, *moves], None, chip, (2, 4, 1), 1)
+
+    beside, elsewhere = cost("body"), cost("entry")
+    assert (beside.moved, beside.hosted) == (2 * 3 * 30e6, pytest.approx(12e-3))
+    assert beside.exposed == pytest.approx(6e-3 - 3 * CYCLES * 0.5e-3), "both ways at once"
+    assert elsewhere.exposed == pytest.approx(6e-3), "not while a loop waits"
+    unknown = cost("body", dataclasses.replace(chip, host=0.0))
+    assert (unknown.moved, unknown.hosted, unknown.exposed) == (beside.moved, None, 0)

@@ -111,6 +111,23 @@ def test_only_the_shards_of_gradients_go_to_other_slices():
     assert gradients / 4 <= across < 1.02 * gradients / 4, "all of a gradient for each device's part"
 
 
+@pytest.mark.endurance
+def test_weights_may_be_split_over_slices_which_send_each_other_only_parts():
+    """Gathered from the other slice's part before the slice's own, and summed the other way round."""
+    model = dict(name="llama", layers=3, width=256, heads=2, kv_heads=2, head_width=128, mlp_width=512, remat="full")
+    config = dict(model=model, optimizer=dict(name="adamw"), steps=10, batch=16, length=T, mesh=dict(data=2, fsdp=4))
+
+    def made(**rules):
+        config["rules"] = rules
+        return plan.make(config, plan.devices("v5e:2x2", 2), words=Words.of_size(8192), slices=2)
+
+    rows, weights = made(), made(D=("fsdp", "data"))
+    assert weights.parameter_bytes == pytest.approx(rows.parameter_bytes / 2, rel=0.01)
+    assert weights.peak_bytes < rows.peak_bytes
+    across = sum(sent["bytes"] for sent in weights.collectives if "data" in sent["axes"])
+    assert across < 5 * weights.parameters / 4, "bytes, of what a slice has four devices for"
+
+
 # Every family, on a mesh that uses all three axes.
 
 COMBINED = dict(data=2, fsdp=2, tensor=4)

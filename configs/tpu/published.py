@@ -2,6 +2,7 @@
 
     jaxlm plan --config=configs/tpu/published.py:llama3.1-8b --topology=v6e:16x16
     jaxlm plan --config=configs/tpu/published.py:llama3.1-405b --topology=v5p:8x8x8
+    jaxlm plan --config=configs/tpu/published.py:llama3.1-405b-slices --topology=v6e:16x16
     jaxlm plan --config=configs/tpu/published.py:llama2-70b --topology=v5p:8x8x4
     jaxlm plan --config=configs/tpu/published.py:gpt3-175b --topology=v5p:8x8x8
     jaxlm plan --config=configs/tpu/published.py:mixtral-8x7b --topology=v5p:4x4x4
@@ -11,7 +12,8 @@
     jaxlm plan --config=configs/tpu/published.py:gpt2-xl --topology=v5e:2x4 --mode=serve --rows=32 \\
                --config.mesh.fsdp=1 --config.mesh.data=8
 
-What the plans say is in the README. To train one, name your own text under config.prepare.sources.
+What the plans say is in the README. The one of two slices has its weights split over both. To train one, name your own
+text under config.prepare.sources.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +22,10 @@ RUNS = {  # the model, tokens of its vocabulary, objective, length, rows in all 
     "llama3.1-8b": (dict(name="llama", size="llama3.1-8b"), 128_256, "clm", 8192, 3 * 256, dict(fsdp=256)),
     "llama3.1-70b": (dict(name="llama", size="llama3.1-70b"), 128_256, "clm", 8192, 256, dict(fsdp=256)),
     "llama3.1-405b": (dict(name="llama", size="llama3.1-405b"), 128_256, "clm", 8192, 512, dict(fsdp=64, tensor=8)),
+    "llama3.1-405b-slices": (
+        dict(name="llama", size="llama3.1-405b", remat="offload"), 128_256, "clm", 8192, 512,
+        dict(data=2, fsdp=256, slices=2),
+    ),
     "llama3.2-1b": (dict(name="llama", size="llama3.2-1b"), 128_256, "clm", 4096, 4 * 16, dict(fsdp=16)),
     "llama2-70b": (dict(name="llama", size="llama2-70b"), 32_000, "clm", 4096, 4 * 256, dict(fsdp=256)),
     "gpt2-xl": (dict(name="gpt2", size="gpt2-xl"), 50_257, "clm", 1024, 512, dict(fsdp=8)),
@@ -49,8 +55,10 @@ def get_config(size: str = "llama3.1-8b") -> ConfigDict:
     c.objective = dict(name=objective)
     c.length, c.batch = length, batch
 
-    c.model = dict(model, remat="full")
-    c.mesh = dict(data=1, **mesh)
+    c.model = {"remat": "full", **model}
+    c.mesh = {"data": 1, **mesh}
+    if "slices" in mesh:
+        c.rules = dict(D=("fsdp", "data"))
     c.optimizer = dict(name="adamw", lr=3e-4, schedule="cosine", warmup=2_000, weight_decay=0.1, clip=1.0)
     c.every = dict(log=10, eval=1_000, save=1_000)
     if size == "tiny":

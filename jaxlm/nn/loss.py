@@ -159,8 +159,8 @@ def _each_its_own(local: Callable, x, table, bias, labels, weights, *, gradient:
         if gradients is None:
             return sums, None
         d_x, d_table, d_bias = gradients
-        if along:
-            d_table = jax.lax.psum_scatter(d_table, along, scatter_dimension=1, tiled=True)
+        for name in along:  # one after the other: what goes to other slices is then small, and cut as it is kept
+            d_table = jax.lax.psum_scatter(d_table, name, scatter_dimension=1, tiled=True)
         rest = tuple(name for name in others if name not in along)
         d_table = jax.lax.psum(d_table, rest) if rest else d_table
         # summed before the layers' backward pass begins, or the whole of it would be held until that ends

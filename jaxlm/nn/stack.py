@@ -75,6 +75,10 @@ def scan(
             )
         chunk = functools.partial(_through, policy=policy, looped=True)
         return pipeline.run(chunk, layer, carry, rows, params, per_layer, each, kept=policy is None)
+    if policy is not None and axes.platform() == "tpu":
+        # what stands before the layers begins its backward pass behind theirs: the gradient of a large embedding,
+        # whole and summed, has no room beside the last layer's
+        carry, params = jax.lax.optimization_barrier((carry, params))
     return _through(lambda carry, xs, kind: layer(carry, rows, xs, kind), carry, (params, per_layer), each, policy)
 
 

@@ -1,7 +1,7 @@
 """Where the time of a compiled TPU program goes: the compiler's cycles, kernels, and what devices send.
 
     cost = Cost(hlo.read(compiled.as_text()), mesh, chips.of("TPU v6 lite"), torus(devices), slices=1)
-    cost.step, cost.compute, cost.attention, cost.experts, cost.exposed                         seconds
+    cost.step, cost.compute, cost.attention, cost.experts, cost.exposed, cost.hosted            seconds
 
 Cycles are the compiler's own estimate of each operation, none for kernels. Attention's are counted by their FLOPs,
 products by expert by theirs, or by what their blocks read where that takes longer.
@@ -42,20 +42,24 @@ def _too_large(text: str, advice: str) -> Mistake:
     return Mistake(text.splitlines()[0])
 
 
-def memory(program: jax.stages.Compiled, platform: str) -> tuple[int, int]:
+def memory(program: jax.stages.Compiled, platform: str, room: float = math.inf) -> tuple[int, int]:
     """Bytes on a device when it holds most: of temporaries, and in all, what is given and given back included. Raises
     `Mistake` where the compiler does not tell.
 
     What a TPU's compiler tells of temporaries is more than it sets aside where the peak is in a loop: as much as the
     loop was handed, such as the inputs of all scanned layers. Its peak is not; but that has what lies in the vector
-    memory, too, so that of small programs the other figure is nearer.
+    memory, too, so that of small programs the other figure is nearer. Where the hosts hold something, its peak is of
+    their memory and not of the device's; what is too much is then cut to the device's `room`, into which the compiler
+    has put the program.
     """
     told = program.memory_analysis()
     if told is None:
         raise Mistake("this compiler tells nothing about memory")
     passed = told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
     temporary = told.temp_size_in_bytes
-    if platform == "tpu" and told.peak_memory_in_bytes > passed:
+    if platform == "tpu" and told.host_temp_size_in_bytes:
+        temporary = round(min(temporary, room - passed))
+    elif platform == "tpu" and told.peak_memory_in_bytes > passed:
         temporary = min(temporary, told.peak_memory_in_bytes - passed)
     return temporary, passed + temporary
 
@@ -86,6 +90,14 @@ class Cost:
         self.exposed = sum(op.times * self.link(op) for op in sends if not op.begun)
         busy = self.compute + self.attention + self.experts
         self.exposed += max(0.0, beside - busy)
+        moves = [op for op in operations if op.kind in hlo.HOST]
+        self.moved = sum(op.times * op.bytes for op in moves)  # bytes to the host's memory and back
+        self.hosted = self.moved / chip.host if chip.host else None
+        for place in {op.inside for op in moves} if chip.host else ():
+            work = sum(op.times * self.seconds(op) for op in operations if op.inside == place)
+            here = [op for op in moves if op.inside == place]
+            ways = [sum(op.times * op.bytes for op in here if op.kind == way) for way in hlo.HOST]  # both at once
+            self.exposed += max(0.0, max(ways) / chip.host - work)
         self.step = busy + self.exposed
 
     def seconds(self, op: Operation) -> float:

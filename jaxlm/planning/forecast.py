@@ -55,6 +55,8 @@ class Plan:
     uncounted: list[str] = dataclasses.field(default_factory=list)  # kernels whose time is not known, nor in the above
     operations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    host_bytes: float = 0.0  # that a device moves to its host's memory and back in a step
+    host_seconds: float | None = None  # that it takes, beside other work as far as there is so much
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,8 @@ def _training(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "of activations and other temporaries", _gb(plan.temporary_bytes)
     else:
         yield "of gradients and kept activations", f"about {_gb(plan.temporary_bytes)}"
-    yield "at the peak", ("" if plan.compiled else "about ") + _room(plan.peak_bytes, plan.hbm_bytes)
+    some = "about " if not plan.compiled else "at most " if plan.host_bytes else ""
+    yield "at the peak", some + _room(plan.peak_bytes, plan.hbm_bytes)
     yield "model FLOPs per token, per step", f"{plan.flops_per_token:.3g}, {plan.flops_per_step:.3g}"
     if plan.roofline_seconds is not None:
         yield "a step takes at least", f"{plan.roofline_seconds:.3f} s (bound: all units at their peak)"
@@ -166,6 +169,9 @@ def _training(plan: Plan) -> Iterable[tuple[str, str]]:
         if plan.expert_seconds:
             yield "experts' kernels", f"{plan.expert_seconds:.3f} s"
         yield "sending, while nothing else runs", f"{plan.exposed_seconds:.3f} s"
+    if plan.host_bytes:
+        spent = "not in the time" if plan.host_seconds is None else f"{plan.host_seconds:.3f} s beside other work"
+        yield "to the host's memory and back", f"{_gb(plan.host_bytes)}, {spent}"
     some = "" if plan.compiled else "at most "
     if plan.tokens_per_second_per_device is not None:
         yield "tokens/s a device", f"{some}{plan.tokens_per_second_per_device:,.0f}"

@@ -87,8 +87,12 @@ def test_the_full_logits_never_exist():
     assert temporary(32) < B * T * V * 4 / 8 < B * T * V * 4 < temporary(T)
 
 
-@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)], ids=str)
-def test_eight_devices_go_through_their_own_tokens_and_sum_the_heads_gradient_once(mesh):
+ALL = dict(D=("fsdp", "data"))  # as where weights are split over slices, too
+MESHES = [(dict(data=2, fsdp=4), {}), (dict(data=2, fsdp=2, tensor=2), {}), (dict(data=2, fsdp=4), ALL)]
+
+
+@pytest.mark.parametrize("mesh, rules", MESHES, ids=str)
+def test_eight_devices_go_through_their_own_tokens_and_sum_the_heads_gradient_once(mesh, rules):
     keys = jax.random.split(jax.random.key(1), 4)
     x = jax.random.normal(keys[0], (8, 12, 24))
     head, bias = jax.random.normal(keys[1], (32, 24)), jax.random.normal(keys[2], (32,))
@@ -98,8 +102,9 @@ def test_eight_devices_go_through_their_own_tokens_and_sum_the_heads_gradient_on
         return cross_entropy(x, Head(head, bias), labels, weights, chunk=3).loss
 
     wanted = jax.value_and_grad(loss, argnums=(0, 1, 2))(x, head, bias)
-    with axes.on(axes.mesh(**mesh)) as place:
-        spread = axes.shardings(dict(x_BTD=x, head_VD=head, bias_V=bias), place)
+    rules = {**axes.RULES, **rules}
+    with axes.on(axes.mesh(**mesh), rules) as place:
+        spread = axes.shardings(dict(x_BTD=x, head_VD=head, bias_V=bias), place, rules)
         args = [jax.device_put(a, spread[n]) for n, a in dict(x_BTD=x, head_VD=head, bias_V=bias).items()]
         program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
         got, text = program(*args), program.lower(*args).compile().as_text() or ""
