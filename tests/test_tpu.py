@@ -9,6 +9,8 @@ import pytest
 
 from jaxlm import axes, hlo, plan
 from jaxlm.data.words import Words
+from jaxlm.nn.linear import Head
+from jaxlm.nn.loss import cross_entropy
 from tests import test_models as families
 
 pytest.importorskip("libtpu", reason="the extra `tpu` brings the compiler")
@@ -126,6 +128,21 @@ def test_weights_may_be_split_over_slices_which_send_each_other_only_parts():
     assert weights.peak_bytes < rows.peak_bytes
     across = sum(sent["bytes"] for sent in weights.collectives if "data" in sent["axes"])
     assert across < 5 * weights.parameters / 4, "bytes, of what a slice has four devices for"
+
+
+@pytest.mark.endurance
+def test_a_heads_gradient_that_is_split_over_slices_is_held_once():
+    """Cut over both axes of the mesh at once, it would be laid out anew, with eight columns where a TPU has 128."""
+    where, rules = plan.devices("v5e:4x4", 2), {**axes.RULES, "D": ("fsdp", "data")}
+    shapes = dict(x_BTD=((32, T, 512), "bfloat16"), head_VD=((8192, 512), "float32"))
+    shapes |= dict(labels_BT=((32, T), "int32"), weights_BT=((32, T), "float32"))
+    with axes.on(axes.mesh(data=2, fsdp=16, slices=2, devices=where), rules) as mesh:
+        args = {name: jax.ShapeDtypeStruct(*one) for name, one in shapes.items()}
+        places = axes.shardings(args, mesh, rules)
+        args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in args.items()]
+        gradient = jax.grad(lambda x, head, *rest: cross_entropy(x, Head(head), *rest).loss, argnums=1)
+        program = jax.jit(gradient, out_shardings=places["head_VD"]).lower(*args).compile()
+    assert program.memory_analysis().peak_memory_in_bytes < 1.5 * 8192 * 512 * 4
 
 
 # Every family, on a mesh that uses all three axes.
