@@ -11,6 +11,7 @@ says so. CXX names another compiler than `c++`, and none where it is empty; one 
 CXX="python -m ziglang c++".
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,6 +22,7 @@ from pathlib import Path
 import shlex
 import subprocess
 import tempfile
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -38,56 +40,72 @@ LANES = 16  # columns of a block of weights
 KERNELS = ("jaxlm_product", "jaxlm_attend")
 
 log = logging.getLogger("jaxlm")
+_one_at_a_time = threading.Lock()  # of several threads each would register kernels of its own
 
 
 def ready() -> bool:
     """Whether the kernels can be called here. The first time they are compiled, in a few seconds, and kept for the next
     start where JAX keeps its programs, else in `program.compiled_folder`.
     """
-    return axes.platform() == "cpu" and _loaded()
+    with _one_at_a_time:
+        return axes.platform() == "cpu" and _loaded()
 
 
 @functools.cache
 def _loaded() -> bool:
     try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as e:
-        told = (getattr(e, "stderr", None) or str(e)).strip()
-        log.warning("no C++ compiler, so this CPU decodes slower; CXX can name one (jaxlm/nn/native.py): %s", told)
+        library = _library()
+    except (OSError, ValueError, subprocess.SubprocessError) as e:
+        told = e.stderr.strip() if isinstance(e, subprocess.CalledProcessError) else ""
+        log.warning(
+            "no kernels from a C++ compiler, so this CPU decodes slower; CXX can name one (jaxlm/nn/native.py): %s",
+            told or e,
+        )
         return False
     for name in KERNELS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
 
-def _compiled() -> Path:
-    """The library, from an earlier start or made now. Raises OSError or SubprocessError where that fails."""
+def _library() -> ctypes.CDLL:
+    """The kernels, of an earlier start or made now. Raises OSError, ValueError or SubprocessError where that fails."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if not compiler:
         raise FileNotFoundError("CXX is empty")
-    what = repr((SOURCE.read_bytes(), FLAGS, metadata.version("jaxlib"), program.processor()))
-    library = _folder() / f"native-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as new:  # so that nobody finds half of it
-            output = Path(new) / library.name
-            command = [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(output)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            output.replace(library)
+    what = repr((SOURCE.read_bytes(), compiler, FLAGS, metadata.version("jaxlib"), program.processor()))
+    folder, name = _folder(), f"native-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    if folder is not None:
+        with contextlib.suppress(OSError):  # there is none, or another system made it, whose libraries are newer
+            return ctypes.CDLL(str(folder / name))
+    with _room(folder) as new:  # so that nobody finds half of it
+        output = Path(new) / name
+        command = [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(output)]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
+        library = ctypes.CDLL(str(output))
+        if folder is not None:
+            with contextlib.suppress(OSError):  # it is read only
+                output.replace(folder / name)
     return library
 
 
-def _folder() -> Path:
-    """Where the library is kept; a folder of this process alone where nothing is."""
+def _folder() -> Path | None:
+    """Where the library is kept; None where nothing is."""
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named == "" or "://" in str(named):
+        return None
     try:
-        folder = Path(named) if named else program.compiled_folder()
-        if named != "" and "://" not in str(named):
+        return Path(named).absolute() if named else program.compiled_folder()
+    except RuntimeError:  # there is no home
+        return None
+
+
+def _room(folder: Path | None) -> tempfile.TemporaryDirectory:
+    """A folder for what is being made: in that one, or elsewhere where it cannot be written."""
+    with contextlib.suppress(OSError):
+        if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return folder
-    except (OSError, RuntimeError):  # it is read only, or there is no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="jaxlm-"))
+        return tempfile.TemporaryDirectory(dir=folder)
+    return tempfile.TemporaryDirectory()
 
 
 def tile(matrix: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A CPU's own kernels: products with bfloat16 weights, attention to a bfloat16 cache; and what is done without them."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 import subprocess
@@ -228,41 +229,78 @@ def test_without_a_compiler_the_same_is_written(name, monkeypatch):
     assert rows == continued(blueprint, params)[1]
 
 
-def asked(home: Path, compiler: str | None, *, kept: str | None = None) -> list[str]:
-    """What another process says that asks for the kernels twice."""
-    code = "import logging; logging.basicConfig()\nfrom jaxlm.nn import native\nprint(native.ready(), native.ready())"
-    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "JAX_COMPILATION_CACHE_DIR")}
-    env |= dict(XDG_CACHE_HOME=str(home), JAX_PLATFORMS="cpu") | ({} if compiler is None else dict(CXX=compiler))
-    env |= {} if kept is None else dict(JAX_COMPILATION_CACHE_DIR=kept)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    return [done.stdout.strip(), *done.stderr.splitlines()]
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """One where no kernels were made before, and what is asked of it."""
+    for name in ("CXX", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O0"))  # made in a third of the time
+    return tmp_path / "home"
 
 
 @pytest.mark.parametrize(
-    "compiler, told", [("", "CXX is empty"), ("no-such-c++ -O3", "no-such-c++"), ("false", "'false'")]
-)
-def test_a_compiler_that_is_none_is_named_once_and_leaves_nothing(tmp_path, compiler, told):
-    found, *lines = asked(tmp_path, compiler)
-    warnings = [line for line in lines if "no C++ compiler" in line]
-    assert found == "False False" and len(warnings) == 1 and told in warnings[0], lines
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    "compiler, told",
+    [
+        ("", "CXX is empty"), ("no-such-c++ -O3", "no-such-c++"), ("false", "'false'"), ("true", "native-"),
+        ('c++ "', "No closing quotation"), (r"sh -c 'printf told\\377 >&2; exit 1'", "told"),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_is_none_is_named_once_and_leaves_nothing(home, monkeypatch, caplog, compiler, told):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
+    assert not native.ready() and not native.ready()
+    (record,) = caplog.records
+    assert "no kernels from a C++ compiler" in record.getMessage() and told in record.getMessage()
+    assert not [path for path in home.rglob("*") if path.is_file()]
 
 
 @compiled
-def test_kernels_are_kept_for_the_next_start(tmp_path):
-    assert asked(tmp_path, None)[0] == "True True"
-    (library,) = tmp_path.rglob("*.so")
+def test_kernels_are_kept_for_the_next_start(home, monkeypatch):
+    native._library()
+    (library,) = home.rglob("*.so")
     assert [path.name for path in library.parent.iterdir()] == [library.name]
-    assert asked(tmp_path, "false")[0] == "True True", "nothing is compiled again"
+    with monkeypatch.context() as without:
+        without.setenv("PATH", "")
+        native._library()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(subprocess.CalledProcessError):
+        native._library()
 
 
 @compiled
-def test_a_home_that_cannot_be_written_does_not_matter(tmp_path):
-    (tmp_path / "file").touch()
-    assert asked(tmp_path / "file", None)[0] == "True True"
-    assert asked(tmp_path / "home", None, kept="")[0] == "True True" and not (tmp_path / "home").exists()
-    assert asked(tmp_path / "home", None, kept=str(tmp_path / "named"))[0] == "True True"
-    assert [*(tmp_path / "named").glob("*.so")] and not (tmp_path / "home").exists()
+def test_kernels_that_cannot_be_loaded_are_made_anew(home, monkeypatch):
+    """A home may be that of several systems, and one lack the libraries that another linked to."""
+    native._library()
+    (library,) = home.rglob("*.so")
+    library.unlink()  # what is loaded is not written to
+    library.write_bytes(b"of another system")
+    native._library()
+    monkeypatch.setenv("PATH", "")
+    native._library()
+
+
+@compiled
+def test_a_home_that_cannot_be_written_does_not_matter(home, monkeypatch):
+    home.touch()
+    native._library()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home.with_name("named")))
+    native._library()
+    assert [*home.with_name("named").glob("*.so")]
+
+
+@compiled
+def test_threads_get_the_same_kernels_and_leave_nothing_where_nothing_is_kept(tmp_path):
+    code = """
+import concurrent.futures
+from jaxlm.nn import native
+with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    print(*threads.map(lambda _: native.ready(), range(4)))
+"""
+    env = os.environ | dict(JAX_COMPILATION_CACHE_DIR="", TMPDIR=str(tmp_path), JAX_PLATFORMS="cpu")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 4, done.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 def test_they_are_a_cpu_s_alone(monkeypatch):
