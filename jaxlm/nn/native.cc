@@ -138,6 +138,47 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi::Buffer
   return ffi::Error::Success();
 }
 
+// Attention of R queries to one head's keys and values, each read once; rows of `added` are `step` apart.
+template <int R>
+void mix(const float* queries, const uint16_t* keys, const uint16_t* values, const float* added, int64_t step,
+         int64_t S, int64_t H, float cap, float* mixed) {
+  int64_t first = S, last = 0;  // of all that any of them sees
+  for (int r = 0; r < R; r++) {
+    const float* add = added + r * step;
+    int64_t from = 0, to = S;
+    while (from < S && add[from] < kHidden) from++;
+    if (from == S) from = 0;  // nothing is seen: all alike, as in a sum of hidden scores
+    else while (add[to - 1] < kHidden) to--;
+    first = std::min(first, from), last = std::max(last, to);
+  }
+
+  thread_local std::vector<float> shares;  // [S, R]
+  shares.resize(S * R);
+  float most[R], total[R] = {};
+  std::fill(most, most + R, -INFINITY);
+  for (int64_t s = first; s < last; s++) {
+    const uint16_t* key = keys + s * H;
+    float scores[R] = {};
+    for (int64_t h = 0; h < H; h++)
+      for (int r = 0; r < R; r++) scores[r] += queries[r * H + h] * wide(key[h]);
+    for (int r = 0; r < R; r++) {
+      float score = cap > 0 ? cap * std::tanh(scores[r] / cap) : scores[r];
+      shares[s * R + r] = score + added[r * step + s];
+      most[r] = std::max(most[r], shares[s * R + r]);
+    }
+  }
+  for (int64_t s = first; s < last; s++)
+    for (int r = 0; r < R; r++) total[r] += shares[s * R + r] = std::exp(shares[s * R + r] - most[r]);
+  std::fill(mixed, mixed + R * H, 0.0f);
+  for (int64_t s = first; s < last; s++) {
+    const uint16_t* value = values + s * H;
+    float parts[R];
+    for (int r = 0; r < R; r++) parts[r] = shares[s * R + r] / total[r];
+    for (int64_t h = 0; h < H; h++)
+      for (int r = 0; r < R; r++) mixed[r * H + h] += parts[r] * wide(value[h]);
+  }
+}
+
 ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::BufferR4<ffi::U16> k,
                   ffi::BufferR4<ffi::U16> v, ffi::BufferR4<ffi::F32> more, float cap, ffi::ResultBufferR4<ffi::F32> y) {
   int64_t B = q.dimensions()[0], K = q.dimensions()[1], R = q.dimensions()[2], H = q.dimensions()[3];
@@ -149,35 +190,15 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::BufferR4
   float* out = y->typed_data();
 
   share(pool, (B * K + some - 1) / some, [=](int64_t i) {
-    thread_local std::vector<float> shares;
-    shares.resize(S);
-    for (int64_t bk = i * some; bk < std::min(B * K, (i + 1) * some); bk++)
-      for (int64_t r = 0; r < R; r++) {
-        const float* add = added + S * (((bk / K) * step_b * more_k + (bk % K) * step_k) * more_r + r * step_r);
-        int64_t first = 0, last = S;
-        while (first < S && add[first] < kHidden) first++;
-        if (first == S) first = 0;  // nothing is seen: all alike, as in a sum of hidden scores
-        else while (add[last - 1] < kHidden) last--;
-
-        const float* query = queries + (bk * R + r) * H;
-        float most = -INFINITY, total = 0;
-        for (int64_t s = first; s < last; s++) {
-          const uint16_t* key = keys + (bk * S + s) * H;
-          float score = 0;
-          for (int64_t h = 0; h < H; h++) score += query[h] * wide(key[h]);
-          if (cap > 0) score = cap * std::tanh(score / cap);
-          shares[s] = score + add[s];
-          most = std::max(most, shares[s]);
-        }
-        for (int64_t s = first; s < last; s++) total += shares[s] = std::exp(shares[s] - most);
-        float* mixed = out + (bk * R + r) * H;
-        std::fill(mixed, mixed + H, 0.0f);
-        for (int64_t s = first; s < last; s++) {
-          const uint16_t* value = values + (bk * S + s) * H;
-          float part = shares[s] / total;
-          for (int64_t h = 0; h < H; h++) mixed[h] += part * wide(value[h]);
-        }
+    for (int64_t bk = i * some; bk < std::min(B * K, (i + 1) * some); bk++) {
+      const float* add = added + S * ((bk / K) * step_b * more_k + (bk % K) * step_k) * more_r;
+      for (int64_t r = 0, rows; r < R; r += rows) {
+        rows = R - r >= 4 ? 4 : R - r >= 2 ? 2 : 1;
+        (rows == 4 ? mix<4> : rows == 2 ? mix<2> : mix<1>)(
+            queries + (bk * R + r) * H, keys + bk * S * H, values + bk * S * H, add + S * r * step_r, S * step_r, S, H,
+            cap, out + (bk * R + r) * H);
       }
+    }
   });
   return ffi::Error::Success();
 }

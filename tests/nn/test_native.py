@@ -134,6 +134,17 @@ def test_several_queries_see_each_what_is_before_them(bias):
 
 
 @compiled
+def test_a_query_has_the_same_bits_alone_and_among_others():
+    """Which read each key and value together, though one of them sees fewer."""
+    q, keys, values = drawn(0, B, K, 7, H), native.bits(drawn(1, B, K, S, H)), native.bits(drawn(2, B, K, S, H))
+    more = jnp.zeros((1, 1, 7, S)).at[0, 0, 2, 9:].set(HIDDEN)
+    together = np.asarray(native.attend(q, keys, values, more))
+    for row in range(7):
+        alone = native.attend(q[:, :, row : row + 1], keys, values, more[:, :, row : row + 1])
+        np.testing.assert_array_equal(alone[:, :, 0], together[:, :, row])
+
+
+@compiled
 def test_a_query_that_sees_nothing_gets_the_mean_of_all():
     more = jnp.full((1, 1, 1, S), HIDDEN)
     found = native.attend(drawn(0, B, K, 1, H), *(native.bits(drawn(i, B, K, S, H)) for i in (1, 2)), more)
