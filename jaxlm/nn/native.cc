@@ -31,7 +31,7 @@ constexpr int kWidth = 4;
 #endif
 constexpr int kColumns = 16, kVectors = kColumns / kWidth;  // of a block of weights
 constexpr int64_t kBytes = 128 * 1024;                      // that a thread takes at a time
-constexpr float kHidden = -1e29f;                           // what is added to the score of a key that is not seen is less
+constexpr float kHidden = -1e29f;                           // to the score of a key that is not seen, less is added
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth), aligned(4)));  // of two bfloat16s each
