@@ -243,6 +243,12 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def alone() -> bool:
+    """Whether no other device shares the work: there is no enclosing `on`, or its mesh is of one device."""
+    place = here()
+    return place is None or place[0].size == 1
+
+
 def constrain(x: jax.Array, letters: str, **beside: int) -> jax.Array:
     """Pin an activation to its place on the mesh of the enclosing `on`; without one, x itself.
 

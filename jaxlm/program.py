@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+import platform
 import sys
 import tempfile
 import time
@@ -58,7 +59,7 @@ def processor() -> str:
         told = Path("/proc/cpuinfo").read_text().splitlines()
         kind = "".join(sorted({line for line in told if line.startswith(("model name", "flags", "Features"))}))
     except OSError:
-        kind = " ".join(os.uname())
+        kind = " ".join(platform.uname())
     return hashlib.sha256(kind.encode()).hexdigest()[:8]
 
 

@@ -59,9 +59,7 @@ class Cache:
         while layers are stacked: it would turn the whole of it into that and back for each layer that writes.
         """
         cpu = axes.platform() == "cpu"
-        place = axes.here()
-        alone = place is None or place[0].size == 1
-        halved = cpu and alone and values and dtype == jnp.bfloat16 and native.ready()
+        halved = cpu and axes.alone() and values and dtype == jnp.bfloat16 and native.ready()
         dtype = jnp.dtype("float32") if cpu else dtype
         sizes = dict(L=layers, B=batch, K=kv_heads, S=slots, H=head_width)
         empty = lambda letters: axes.constrain(jnp.zeros([sizes[x] for x in letters], dtype), letters)  # noqa: E731

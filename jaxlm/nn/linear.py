@@ -137,8 +137,7 @@ def crossed(a: jax.Array, b: jax.Array) -> jax.Array:
     A CPU's fast products of bfloat16s contract the last axis of the first, so `a` is turned in memory; a mere transpose
     XLA would make a part of the product again. Devices that split the work each would gather all of `a` for that.
     """
-    place = axes.here()
-    if a.dtype == jnp.bfloat16 and axes.platform() == "cpu" and (place is None or place[0].size == 1):
+    if a.dtype == jnp.bfloat16 and axes.platform() == "cpu" and axes.alone():
         a = with_layout_constraint(a.swapaxes(-1, -2), Layout(tuple(range(a.ndim))))
         return jnp.matmul(a, b, preferred_element_type=jnp.float32)
     return jnp.einsum("...tm,...tn->...mn", a, b, preferred_element_type=jnp.float32)

@@ -86,8 +86,7 @@ class MoE(nnx.Module):
             weight = weight / weight.sum(axis=-1, keepdims=True)
         E = self.gate_EDF.shape[0]
         matrices = (w[...].astype(x.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD))
-        place = axes.here()
-        alone = axes.platform() == "cpu" and (place is None or place[0].size == 1)
+        alone = axes.platform() == "cpu" and axes.alone()
         mixed = _in_parts(B, T, self.gate_EDF.shape) if not alone else _picked if expert.size < E else _all
         y = mixed(x, weight.astype(x.dtype), expert, *matrices).reshape(B, T, D)
         real = jnp.ones((B, T, 1)) if real_BT is None else real_BT[..., None].astype(jnp.float32)

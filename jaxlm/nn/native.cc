@@ -112,6 +112,9 @@ int64_t tiles(const Pair* x, int64_t rows, int64_t pairs, const Words* w, int64_
 ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi::BufferR3<ffi::U32> w,
                    ffi::ResultBufferR2<ffi::F32> y) {
   int64_t rows = x.dimensions()[0], pairs = w.dimensions()[1], blocks = w.dimensions()[0], N = y->dimensions()[1];
+  if (x.dimensions()[1] != 2 * pairs || w.dimensions()[2] != kColumns || y->dimensions()[0] != rows ||
+      (N + kColumns - 1) / kColumns != blocks)
+    return ffi::Error::InvalidArgument("jaxlm_product: rows, weights and result do not fit");
   std::vector<Pair> xs(rows * pairs);
   std::transform(static_cast<uint32_t*>(x.untyped_data()), static_cast<uint32_t*>(x.untyped_data()) + rows * pairs,
                  xs.begin(), pair);
@@ -119,12 +122,12 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi::Buffer
   const Words* ws = static_cast<const Words*>(w.untyped_data());
   float* ys = y->typed_data();
   constexpr int64_t few = 4;  // blocks, which stay in the cache of a core while rows are many
-  int64_t some = std::max<int64_t>(1, kBytes / (pairs * 4 * kColumns) / few) * few;
+  int64_t some = std::max<int64_t>(1, kBytes / (pairs * 4 * kColumns + 1) / few) * few;
   share(pool, (blocks + some - 1) / some, [=](int64_t i) {
     for (int64_t block = i * some; block < std::min(blocks, (i + 1) * some); block += few) {
       int64_t row = 0;
-      auto next = [&](auto tiles) {
-        row += tiles(first_x + row * pairs, rows - row, pairs, ws + block * pairs * kVectors,
+      auto next = [&](auto multiply) {
+        row += multiply(first_x + row * pairs, rows - row, pairs, ws + block * pairs * kVectors,
                      std::min(few, blocks - block), ys + row * N + block * kColumns, N, N - block * kColumns);
       };
 #ifdef __AVX512F__
@@ -182,7 +185,14 @@ void mix(const float* queries, const uint16_t* keys, const uint16_t* values, con
 ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::BufferR4<ffi::U16> k,
                   ffi::BufferR4<ffi::U16> v, ffi::BufferR4<ffi::F32> more, float cap, ffi::ResultBufferR4<ffi::F32> y) {
   int64_t B = q.dimensions()[0], K = q.dimensions()[1], R = q.dimensions()[2], H = q.dimensions()[3];
-  int64_t S = k.dimensions()[2], some = std::max<int64_t>(1, kBytes / (S * H * 4));
+  int64_t S = k.dimensions()[2], some = std::max<int64_t>(1, kBytes / (S * H * 4 + 1));
+  auto one_or = [](int64_t n, int64_t size) { return n == 1 || n == size; };
+  auto held = [&](auto& x) {
+    return x.dimensions()[0] == B && x.dimensions()[1] == K && x.dimensions()[2] == S && x.dimensions()[3] == H;
+  };
+  if (!held(k) || !held(v) || !one_or(more.dimensions()[0], B) || !one_or(more.dimensions()[1], K) ||
+      !one_or(more.dimensions()[2], R) || more.dimensions()[3] != S)
+    return ffi::Error::InvalidArgument("jaxlm_attend: queries, keys, values and what is added do not fit");
   const float *queries = q.typed_data(), *added = more.typed_data();
   const uint16_t *keys = k.typed_data(), *values = v.typed_data();
   int64_t step_b = more.dimensions()[0] > 1, step_k = more.dimensions()[1] > 1, step_r = more.dimensions()[2] > 1;

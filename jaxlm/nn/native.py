@@ -119,7 +119,9 @@ def tile(matrix: np.ndarray) -> np.ndarray:
 
 
 def product(x_MK: jax.Array, tiles: jax.Array, columns: int) -> jax.Array:
-    """Bfloat16 rows with weights that `tile` laid out: [M, columns] in float32, and summed in it."""
+    """Bfloat16 rows with weights that `tile` laid out: [M, columns] in float32, and summed in it. Under `vmap`, one
+    after the other.
+    """
     x_MK = jnp.pad(x_MK, ((0, 0), (0, 2 * tiles.shape[1] - x_MK.shape[1])))
     result = jax.ShapeDtypeStruct((len(x_MK), columns), jnp.float32)
     return jax.ffi.ffi_call("jaxlm_product", result, vmap_method="sequential")(x_MK, tiles)

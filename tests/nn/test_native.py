@@ -152,6 +152,19 @@ def test_a_query_that_sees_nothing_gets_the_mean_of_all():
 
 
 @compiled
+def test_arrays_that_do_not_fit_are_named_and_not_read():
+    x, tiles = jnp.ones((2, 8), jnp.bfloat16), native.tile(np.ones((8, 20)))
+    with pytest.raises(Exception, match="jaxlm_product: rows, weights and result do not fit"):
+        native.product(x, tiles, 40).block_until_ready()
+    q, more = jnp.ones((B, K, 1, H)), jnp.zeros((1, 1, 1, S))
+    keys, fewer = (native.bits(jnp.ones((B, K, slots, H))) for slots in (S, S - 1))
+    for wrong in ((q, keys, fewer, more), (q, fewer, fewer, more), (q, keys, keys, more[..., 1:])):
+        with pytest.raises(Exception, match="jaxlm_attend: queries, keys, values and what is added do not fit"):
+            native.attend(*wrong).block_until_ready()
+    assert native.product(x[:0], tiles, 20).shape == (0, 20)
+
+
+@compiled
 def test_what_finds_no_room_is_dropped():
     """Rows of 22 and 24 tokens in 24 slots: of three more one is lost, and all."""
     lengths_B = jnp.array([S - 2, S])
