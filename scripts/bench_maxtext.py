@@ -17,8 +17,8 @@ from jaxlm import hlo
 
 SETTINGS = dict(
     run_name="plan", base_output_directory="/tmp/maxtext", dataset_type="synthetic", enable_checkpointing="false",
-    skip_jax_distributed_system="true", use_iota_embed="true", compile_topology="v6e-256",
-    compile_topology_num_slices="1", model_name="llama3.1-8b", max_target_length="8192", remat_policy="full",
+    skip_jax_distributed_system="true", compile_topology="v6e-256", compile_topology_num_slices="1",
+    model_name="llama3.1-8b", max_target_length="8192", remat_policy="full",
 )  # fmt: skip
 
 
