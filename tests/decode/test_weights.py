@@ -13,6 +13,7 @@ from jaxlm.models import Blueprint
 from jaxlm.nn import native
 from jaxlm.nn.linear import Head, Tiled, Turned, dense
 from tests import test_models as families
+from tests.compiled import EITHER
 from tests.trees import noisy
 
 
@@ -27,11 +28,9 @@ def test_a_turned_weight_multiplies_as_it_did(name, inner):
         np.testing.assert_allclose(dense(x, weight, over=inner), dense(x, stack[layer], over=inner), atol=1e-5)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own kernel", "no compiler"])
+@pytest.mark.parametrize("own", EITHER)
 @pytest.mark.parametrize("name, inner", [("wq_DNH", 1), ("wo_NHD", 2), ("up_DF", 1), ("down_FD", 1)])
 def test_a_bfloat16_weight_multiplies_as_it_did(name, inner, own, monkeypatch):
-    if own and not native.ready():
-        pytest.skip("no C++ compiler")
     monkeypatch.setattr(native, "ready", lambda: own)
     shape = [dict(D=40, N=2, H=24, F=33)[letter] for letter in name.rpartition("_")[2]]  # no multiple of 16 among them
     stack = jax.device_put(jax.random.normal(jax.random.key(0), (3, *shape)), jax.devices()[0])
@@ -45,10 +44,8 @@ def test_a_bfloat16_weight_multiplies_as_it_did(name, inner, own, monkeypatch):
             np.testing.assert_allclose(dense(x, weight, over=inner), want.astype(jnp.bfloat16), rtol=2**-7, atol=1e-5)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own kernel", "no compiler"])
+@pytest.mark.parametrize("own", EITHER)
 def test_a_head_laid_out_gives_the_logits_of_its_table(own, monkeypatch):
-    if own and not native.ready():
-        pytest.skip("no C++ compiler")
     monkeypatch.setattr(native, "ready", lambda: own)
     table_VD = jax.device_put(jax.random.normal(jax.random.key(0), (50, 24)), jax.devices()[0])
     laid = head(table_VD, "bfloat16")
